@@ -1,0 +1,60 @@
+"""From 8-bit pixels to the model's input, on the device that trains: normalise, then erase."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+
+def to_input(images: UInt8[Tensor, "B H W C"], mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "B C H W"]:
+    """(pixel / 255 − mean) / std as float32, channel by channel.
+
+    The result is a view of channels-last memory (a permuted NHWC tensor), which is the layout that the models want.
+    """
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
+    return torch.addcmul(shift, images.float(), scale).permute(0, 3, 1, 2)  # [B, C, H, W]
+
+
+def to_pixels(
+    images: Float[Tensor, "B C H W"], mean: Sequence[float], std: Sequence[float]
+) -> UInt8[Tensor, "B H W C"]:
+    """The inverse of `to_input`, clipped to what a screen shows."""
+    device = images.device
+    pixels = images.permute(0, 2, 3, 1) * torch.tensor(std, device=device) + torch.tensor(mean, device=device)
+    return (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def erase(images: Float[Tensor, "B C H W"], boxes: Int[Tensor, "B R 4"], mode: str) -> Float[Tensor, "B C H W"]:
+    """Random erasing (Zhong et al., 2020) of the given rectangles, on normalised pixels.
+
+    Args:
+        images: normalised pictures.
+        boxes: (top, left, height, width) in pixels; height 0 erases nothing.
+        mode: "pixel" draws each value from N(0, 1), "rand" one colour a rectangle from N(0, 1), "const" fills with 0
+            (the mean colour).
+
+    The rectangles become a mask on the device, so no value of theirs is ever read by the host.
+    """
+    _, channels, height, width = images.shape
+    for box in boxes.unbind(1):  # R is the recipe's count, 1 as a rule
+        top, left, tall, wide = (column[:, None] for column in box.unbind(1))  # each [B, 1]
+        y = torch.arange(height, device=images.device)
+        x = torch.arange(width, device=images.device)
+        rows = (y >= top) & (y < top + tall)  # [B, H]
+        columns = (x >= left) & (x < left + wide)  # [B, W]
+        mask = (rows[:, :, None] & columns[:, None, :])[:, None]  # [B, 1, H, W]
+        images = torch.where(mask, _fill(images, mode, channels), images)
+    return images
+
+
+def _fill(images: Tensor, mode: str, channels: int) -> Tensor:
+    if mode == "pixel":
+        return torch.randn_like(images)
+    if mode == "rand":
+        return torch.randn(len(images), channels, 1, 1, device=images.device, dtype=images.dtype)
+    assert mode == "const", mode
+    return torch.zeros((), device=images.device, dtype=images.dtype)

@@ -1,0 +1,301 @@
+"""The augmentation recipe as values: what is drawn for a batch, before anything touches a pixel.
+
+`draw` turns an `AugmentConfig` and a random generator into a table of `Draws`, one row an image. The back ends
+(`fat_train.data.dali`, `fat_train.data.torch_folder`) only carry a row out, so the same row gives the same picture
+in either, and a run resumes exactly by drawing the same table again. The distribution is timm's: of
+`timm.data.auto_augment.rand_augment_transform`, of its `RandomResizedCropAndInterpolation` and of its `RandomErasing`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64
+
+from fat_train.types import UserError
+
+CROP_ATTEMPTS = 10
+ERASE_ATTEMPTS = 10
+ERASE_AREA = (0.02, 1 / 3)
+ERASE_MIN_RATIO = 0.3
+MAX_LEVEL = 10.0
+UNIFORM_ABOVE_STD = 100.0
+
+INTERPOLATIONS = ("bicubic", "bilinear")
+ERASE_MODES = ("pixel", "rand", "const")
+
+
+class Op(IntEnum):
+    """RandAugment's fifteen operations; the comment says what the number beside one (`Draws.arg`) means."""
+
+    AUTO_CONTRAST = 0  # unused
+    EQUALIZE = 1  # unused
+    INVERT = 2  # unused
+    ROTATE = 3  # degrees, counter-clockwise
+    POSTERIZE = 4  # bits kept, 1 to 8
+    SOLARIZE = 5  # levels from this one on are inverted, 0 to 256
+    SOLARIZE_ADD = 6  # added to levels under 128
+    COLOR = 7  # factor: 0 grey, 1 the picture itself
+    CONTRAST = 8  # factor: 0 the mean grey, 1 the picture itself
+    BRIGHTNESS = 9  # factor: 0 black, 1 the picture itself
+    SHARPNESS = 10  # factor: 0 smoothed, 1 the picture itself
+    SHEAR_X = 11  # source x moves by this times y
+    SHEAR_Y = 12  # source y moves by this times x
+    TRANSLATE_X = 13  # source x moves by this fraction of the width
+    TRANSLATE_Y = 14  # source y moves by this fraction of the height
+
+
+NO_OP = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandAugment:
+    """What a timm string such as `rand-m9-mstd0.5-inc1` says."""
+
+    magnitude: int = 10
+    """Mean level of every operation, 0 to 10 (`m`)."""
+    num_ops: int = 2
+    """Operations drawn for an image, with replacement (`n`)."""
+    prob: float = 0.5
+    """Probability that a drawn operation is carried out (`p`)."""
+    magnitude_std: float = 0.0
+    """Standard deviation of the level; infinite means uniform in [0, magnitude] (`mstd`, infinite over 100)."""
+    increasing: bool = False
+    """Take the operations whose strength grows with the level (`inc1`)."""
+
+
+_RAND_AUGMENT_FIELDS: dict[str, tuple[str, Callable[[str], int | float | bool]]] = {
+    "m": ("magnitude", int),
+    "n": ("num_ops", int),
+    "p": ("prob", float),
+    "mstd": ("magnitude_std", float),
+    "inc": ("increasing", lambda text: bool(int(text))),
+}
+_RAND_AUGMENT_HELP = (
+    "rand-m<0..10>[-n<operations>][-p<probability>][-mstd<deviation>][-inc<0|1>], such as rand-m9-mstd0.5-inc1, or null"
+)
+
+
+def parse_rand_augment(text: str) -> RandAugment:
+    """Read a timm RandAugment string.
+
+    Raises:
+        UserError: it does not start with `rand`, has a part that is not understood, or a number out of range.
+    """
+
+    def refuse(why: str) -> UserError:
+        return UserError(f"augment.auto_augment must be {_RAND_AUGMENT_HELP}; got {text!r}: {why}")
+
+    head, *parts = text.split("-")
+    if head != "rand":
+        raise refuse(f"it starts with {head!r}")
+    values: dict[str, int | float | bool] = {}
+    for part in parts:
+        match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
+        if match is None or match[1] not in _RAND_AUGMENT_FIELDS:
+            raise refuse(f"part {part!r} is not one of {', '.join(_RAND_AUGMENT_FIELDS)} followed by a number")
+        name, convert = _RAND_AUGMENT_FIELDS[match[1]]
+        try:
+            values[name] = convert(match[2])
+        except ValueError as error:
+            raise refuse(f"{match[1]} takes a whole number, not {match[2]}") from error
+    if values.get("magnitude_std", 0.0) > UNIFORM_ABOVE_STD:
+        values["magnitude_std"] = math.inf
+    spec = RandAugment(**values)  # type: ignore[arg-type]  # each value went through its field's own converter
+    if not 0 <= spec.magnitude <= MAX_LEVEL:
+        raise refuse("m must be in [0, 10]")
+    if spec.num_ops < 1:
+        raise refuse("n must be at least 1")
+    if not 0 <= spec.prob <= 1:
+        raise refuse("p must be in [0, 1]")
+    return spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How training images are augmented. Validation images never are."""
+
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """RandAugment in timm's notation, or null for none."""
+    crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    """Smallest and largest area of the random crop, as a fraction of the image's area."""
+    crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    """Smallest and largest width/height of the random crop."""
+    hflip_prob: float = 0.5
+    """Probability of a left-right flip."""
+    interpolation: str = "bicubic"
+    """Kernel of every resize, antialiased, for training and evaluation: bicubic or bilinear."""
+    erase_prob: float = 0.25
+    """Probability that an image has rectangles erased."""
+    erase_mode: str = "pixel"
+    """Fill of an erased rectangle: pixel (normal noise each pixel), rand (one normal colour), const (the mean)."""
+    erase_count: int = 1
+    """Most rectangles erased in an image; the number is uniform from 1, and they share the area."""
+    mixup_alpha: float = 0.8
+    """Both parameters of the Beta distribution of mixup's weight; 0 turns mixup off."""
+    cutmix_alpha: float = 1.0
+    """Both parameters of the Beta distribution of cutmix's weight; 0 turns cutmix off."""
+    mix_prob: float = 1.0
+    """Probability that a batch is mixed at all."""
+    mix_switch_prob: float = 0.5
+    """Probability of cutmix rather than mixup where both are on."""
+
+    def __post_init__(self) -> None:
+        if self.auto_augment is not None:
+            parse_rand_augment(self.auto_augment)
+        for name, highest in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
+            bounds = getattr(self, name)
+            if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] <= highest:
+                limit = "" if highest == math.inf else f" <= {highest:g}"
+                raise UserError(f"augment.{name} must be [low, high] with 0 < low <= high{limit}; got {list(bounds)}")
+        for name in ("hflip_prob", "erase_prob", "mix_prob", "mix_switch_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"augment.{name} must be in [0, 1]; got {getattr(self, name)}")
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"augment.{name} must be at least 0; got {getattr(self, name)}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise UserError(f"augment.interpolation must be {' or '.join(INTERPOLATIONS)}; got {self.interpolation!r}")
+        if self.erase_mode not in ERASE_MODES:
+            raise UserError(f"augment.erase_mode must be one of {', '.join(ERASE_MODES)}; got {self.erase_mode!r}")
+        if self.erase_count < 1:
+            raise UserError(f"augment.erase_count must be at least 1 (erase_prob=0 is none); got {self.erase_count}")
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Every random decision for B images, as values."""
+
+    crop: Float64[np.ndarray, "B 10 4"]
+    """Attempts at a crop: area fraction, width/height, and the place in x and in y as a fraction of the free way."""
+    flip: Bool[np.ndarray, " B"]
+    op: Int64[np.ndarray, "B n"]
+    """The operations to carry out one after another, as `Op`; `NO_OP` where the coin said no."""
+    arg: Float64[np.ndarray, "B n"]
+    """The argument of each operation in its own unit, see `Op`."""
+    erase: Int64[np.ndarray, "B R 4"]
+    """Rectangles to erase: top, left, height, width in pixels of the crop; height 0 means none."""
+
+    def __len__(self) -> int:
+        return len(self.flip)
+
+    def take(self, rows: Int64[np.ndarray, " b"]) -> Draws:
+        """The draws of some rows: a rank's share of the global batch."""
+        return Draws(self.crop[rows], self.flip[rows], self.op[rows], self.arg[rows], self.erase[rows])
+
+
+def draw(config: AugmentConfig, image_px: int, rng: np.random.Generator, n: int) -> Draws:
+    """Draw the augmentation of `n` images that will be `image_px` pixels high and wide."""
+    crop = np.empty((n, CROP_ATTEMPTS, 4))
+    smallest, largest = config.crop_scale
+    log_narrowest, log_widest = np.log(config.crop_ratio)
+    crop[..., 0] = rng.uniform(smallest, largest, (n, CROP_ATTEMPTS))
+    crop[..., 1] = np.exp(rng.uniform(log_narrowest, log_widest, (n, CROP_ATTEMPTS)))
+    crop[..., 2:] = rng.random((n, CROP_ATTEMPTS, 2))
+    flip = rng.random(n) < config.hflip_prob
+    op, arg = _draw_ops(config, rng, n)
+    return Draws(crop, flip, op, arg, _draw_erase(config, image_px, rng, n))
+
+
+def _draw_ops(
+    config: AugmentConfig, rng: np.random.Generator, n: int
+) -> tuple[Int64[np.ndarray, "n k"], Float64[np.ndarray, "n k"]]:
+    if config.auto_augment is None:
+        return np.empty((n, 0), np.int64), np.empty((n, 0))
+    spec = parse_rand_augment(config.auto_augment)
+    shape = (n, spec.num_ops)
+    op = rng.integers(len(Op), size=shape)
+    applied = rng.random(shape) < spec.prob
+    if spec.magnitude_std == math.inf:
+        level = rng.uniform(0, spec.magnitude, size=shape)
+    else:
+        level = rng.normal(spec.magnitude, spec.magnitude_std, size=shape)
+    sign = rng.choice(np.array([-1.0, 1.0]), size=shape)
+    arg = operation_argument(op, np.clip(level, 0, MAX_LEVEL), sign, spec.increasing)
+    return np.where(applied, op, NO_OP), np.where(applied, arg, 0.0)
+
+
+def operation_argument(
+    op: Int64[np.ndarray, "*shape"],
+    level: Float64[np.ndarray, "*shape"],
+    sign: Float64[np.ndarray, "*shape"],
+    increasing: bool,
+) -> Float64[np.ndarray, "*shape"]:
+    """Turn a level in [0, 10] into each operation's own argument, by timm's rules (its `LEVEL_TO_ARG`).
+
+    One deviation: posterize keeps at least one bit. At level 10 (at level under 2.5 of the plain set) timm asks for
+    none, which old Pillows answered with a black picture and Pillow 13 refuses; a picture without content teaches
+    nothing about its label.
+    """
+    x = level / MAX_LEVEL
+    posterize_bits, solarize_level = np.trunc(x * 4), np.minimum(256, np.trunc(x * 256))
+    enhance = np.maximum(0.1, 1 + sign * x * 0.9) if increasing else x * 1.8 + 0.1
+    argument = {
+        Op.ROTATE: sign * x * 30,
+        Op.POSTERIZE: np.maximum(1, 4 - posterize_bits if increasing else posterize_bits),
+        Op.SOLARIZE: 256 - solarize_level if increasing else solarize_level,
+        Op.SOLARIZE_ADD: np.minimum(128, np.trunc(x * 110)),
+        Op.COLOR: enhance,
+        Op.CONTRAST: enhance,
+        Op.BRIGHTNESS: enhance,
+        Op.SHARPNESS: enhance,
+        Op.SHEAR_X: sign * x * 0.3,
+        Op.SHEAR_Y: sign * x * 0.3,
+        Op.TRANSLATE_X: sign * x * 0.45,
+        Op.TRANSLATE_Y: sign * x * 0.45,
+    }
+    unused = np.zeros_like(x)
+    return np.choose(op, [argument.get(member, unused) for member in Op])
+
+
+def _draw_erase(config: AugmentConfig, image_px: int, rng: np.random.Generator, n: int) -> Int64[np.ndarray, "n R 4"]:
+    if config.erase_prob == 0:
+        return np.empty((n, 0, 4), np.int64)
+    boxes = config.erase_count
+    erased = rng.random(n) < config.erase_prob
+    count = rng.integers(1, boxes, size=n, endpoint=True)
+    attempts = (n, boxes, ERASE_ATTEMPTS)
+    area_px = rng.uniform(*ERASE_AREA, size=attempts) * image_px**2 / count[:, None, None]
+    log_ratio = math.log(ERASE_MIN_RATIO)
+    ratio = np.exp(rng.uniform(log_ratio, -log_ratio, size=attempts))
+    place = rng.random((n, boxes, 2))
+    size = np.rint(np.sqrt(np.stack([area_px * ratio, area_px / ratio], axis=-1)))  # [n, R, 10, 2] height, width
+    fits = (size < image_px).all(axis=-1)
+    first = fits.argmax(axis=-1)[..., None, None]
+    size = np.take_along_axis(size, first, axis=2)[:, :, 0]  # [n, R, 2]
+    wanted = erased[:, None] & (np.arange(boxes) < count[:, None]) & fits.any(axis=-1)
+    corner = np.floor(place * (image_px - size + 1))
+    return np.where(wanted[..., None], np.concatenate([corner, size], axis=-1), 0).astype(np.int64)
+
+
+def crop_box(
+    attempts: Float64[np.ndarray, "10 4"], height: int, width: int, ratio_bounds: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Find the crop of one image: the first attempt that lies inside it, else the largest central one allowed.
+
+    Args:
+        attempts: one row of `Draws.crop`.
+        height: of the image, pixels.
+        width: of the image, pixels.
+        ratio_bounds: `AugmentConfig.crop_ratio`, which limits the central crop.
+
+    Returns:
+        Top, left, height, width in pixels, rounded as torchvision's `RandomResizedCrop` rounds them.
+    """
+    area_px, ratio = attempts[:, 0] * (height * width), attempts[:, 1]
+    widths, heights = np.rint(np.sqrt(area_px * ratio)), np.rint(np.sqrt(area_px / ratio))
+    inside = (widths <= width) & (heights <= height) & (widths > 0) & (heights > 0)
+    if not inside.any():
+        crop_height = min(height, round(width / ratio_bounds[0]))
+        crop_width = min(width, round(height * ratio_bounds[1]))
+        return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+    first = int(inside.argmax())
+    crop_height, crop_width = int(heights[first]), int(widths[first])
+    left = math.floor(attempts[first, 2] * (width - crop_width + 1))
+    top = math.floor(attempts[first, 3] * (height - crop_height + 1))
+    return top, left, crop_height, crop_width

@@ -1,0 +1,1 @@
+"""Counts that stay exact over any number of ranks."""

@@ -1,0 +1,1 @@
+"""The backbones, one readable file a family."""
