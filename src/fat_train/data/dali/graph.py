@@ -1,0 +1,185 @@
+"""The DALI pipelines of training and of validation: from paths and drawn values to uint8 pictures.
+
+No operator here is random, reads a list of files or keeps a state: what comes out of a run is a function of what was
+fed for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import Pipeline
+
+from fat_train.augment.policy import CROP_ATTEMPTS, Draws
+from fat_train.data.dali.op import INTERPOLATION, Slot, Warp, branch_of, rand_augment, warp_matrix
+from fat_train.data.picture import PictureSpec
+
+PATH = "path"
+CROP = "crop"
+FLIP = "flip"
+ROUNDING = 2.0**52  # adding it to a float64 and taking it away again rounds half to even, as Python does
+CENTRE = (
+    0.5 - 2.0**-30
+)  # place of the central crop; the bit under one half makes an odd margin's smaller part come first
+
+
+class Execution(NamedTuple):
+    """Where and how a pipeline runs."""
+
+    max_batch: int
+    """Most images in a run."""
+    num_threads: int
+    """CPU threads."""
+    device_id: int | None
+    """CUDA device that decodes and augments; None is the CPU."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether pictures are made on a GPU."""
+        return self.device_id is not None
+
+    def arguments(self) -> dict[str, Any]:
+        """What every DALI pipeline is told."""
+        return {
+            "batch_size": self.max_batch,
+            "num_threads": self.num_threads,
+            "device_id": self.device_id,
+            "exec_dynamic": True,
+            # With more, the first `schedule_run` wants that many batches at once; the runs in flight are not limited.
+            "prefetch_queue_depth": 1,
+        }
+
+
+def build_train_pipeline(spec: PictureSpec, num_ops: int, execution: Execution) -> Pipeline:
+    """Build the pipeline that carries out `Draws` with `num_ops` columns; feed it `feed_draws` and `feed_paths`."""
+    pipeline = _train_graph(spec, num_ops, execution.on_gpu, **execution.arguments())
+    pipeline.build()
+    return pipeline
+
+
+def build_eval_pipeline(spec: PictureSpec, execution: Execution) -> Pipeline:
+    """Build the pipeline of validation; feed it `feed_paths`."""
+    pipeline = _eval_graph(spec, execution.on_gpu, **execution.arguments())
+    pipeline.build()
+    return pipeline
+
+
+def feed_paths(pipeline: Pipeline, paths: list[str]) -> None:
+    """Feed the files of the next run."""
+    pipeline.feed_input(PATH, [_as_bytes(path) for path in paths])
+
+
+def feed_draws(pipeline: Pipeline, draws: Draws, spec: PictureSpec) -> None:
+    """Feed what is drawn for the images of the next run."""
+    batch = len(draws)
+    central = np.broadcast_to(np.array([*spec.crop_ratio, CENTRE, CENTRE]), (batch, 1, 4))
+    pipeline.feed_input(CROP, np.concatenate([draws.crop, central], axis=1))
+    pipeline.feed_input(FLIP, draws.flip.astype(np.float32))
+    for slot in range(draws.op.shape[1]):
+        op, arg = draws.op[:, slot], draws.arg[:, slot]
+        pipeline.feed_input(f"branch{slot}", branch_of(op))
+        pipeline.feed_input(f"arg{slot}", arg.astype(np.float32))
+        pipeline.feed_input(f"matrix{slot}", warp_matrix(op, arg, spec.image_px))
+
+
+def _as_bytes(path: str) -> UInt8[np.ndarray, " length"]:
+    return np.frombuffer(path.encode(errors="surrogateescape"), np.uint8)
+
+
+@pipeline_def(enable_conditionals=True)
+def _train_graph(spec: PictureSpec, num_ops: int, on_gpu: bool) -> DataNode:
+    encoded = _encoded()
+    candidates = fn.external_source(name=CROP, dtype=types.FLOAT64, ndim=2)  # [11, 4]
+    flip = fn.external_source(name=FLIP, dtype=types.FLOAT, ndim=0)
+    corner, size = crop_box_nodes(candidates, encoded)
+    images = fn.decoders.image_slice(
+        encoded,
+        fn.cast(corner, dtype=types.INT32),
+        fn.cast(size, dtype=types.INT32),
+        axes=[0, 1],
+        normalized_anchor=False,
+        normalized_shape=False,
+        device="mixed" if on_gpu else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+    )
+    extent = fn.cast(size, dtype=types.FLOAT)
+    images = fn.resize(
+        images,
+        size=[spec.image_px, spec.image_px],
+        interp_type=INTERPOLATION[spec.interpolation],
+        antialias=True,
+        roi_start=fn.stack(0.0 * flip, extent[1] * flip),  # a region whose end lies before its start is mirrored
+        roi_end=fn.stack(extent[0], extent[1] * (1.0 - flip)),
+    )
+    slots = [_slot(number) for number in range(num_ops)]
+    return rand_augment(images, slots, Warp(spec.interpolation, spec.fill))
+
+
+@pipeline_def
+def _eval_graph(spec: PictureSpec, on_gpu: bool) -> DataNode:
+    encoded = _encoded()
+    size = _size_of(encoded)
+    resized = math.floor(size * float(spec.eval_resize_px) / math.min(size[0], size[1]))
+    corner = _round((resized - float(spec.image_px)) * 0.5)
+    scale = size / resized
+    images = fn.decoders.image(
+        encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False
+    )
+    # Resizing the centre alone gives the pixels that resizing the whole and cutting the centre out gives.
+    return fn.resize(
+        images,
+        size=[spec.image_px, spec.image_px],
+        interp_type=INTERPOLATION[spec.interpolation],
+        antialias=True,
+        roi_start=fn.cast(corner * scale, dtype=types.FLOAT),
+        roi_end=fn.cast((corner + float(spec.image_px)) * scale, dtype=types.FLOAT),
+    )
+
+
+def _encoded() -> DataNode:
+    return fn.io.file.read(fn.external_source(name=PATH, dtype=types.UINT8, ndim=1))
+
+
+def _slot(number: int) -> Slot:
+    return Slot(
+        fn.external_source(name=f"branch{number}", dtype=types.INT32, ndim=0),
+        fn.external_source(name=f"arg{number}", dtype=types.FLOAT, ndim=0),
+        fn.external_source(name=f"matrix{number}", dtype=types.FLOAT, ndim=2),
+    )
+
+
+def _size_of(encoded: DataNode) -> DataNode:
+    """Height and width in pixels, as float64."""
+    return fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.FLOAT64)[:2]
+
+
+def crop_box_nodes(candidates: DataNode, encoded: DataNode) -> tuple[DataNode, DataNode]:
+    """`fat_train.augment.policy.crop_box` as a graph: corner (top, left) and size (height, width), float64 pixels.
+
+    The central crop, which is taken where no attempt fits, is an eleventh candidate that always fits; its row holds
+    the bounds of width/height in place of area and ratio.
+    """
+    size = _size_of(encoded)
+    height, width = size[0], size[1]
+    number = types.Constant(np.arange(CROP_ATTEMPTS + 1, dtype=np.int32))
+    central = fn.cast(number == CROP_ATTEMPTS, dtype=types.FLOAT64)
+    central_height = math.min(height, _round(width / candidates[CROP_ATTEMPTS, 0]))
+    central_width = math.min(width, _round(height * candidates[CROP_ATTEMPTS, 1]))
+    area_px, ratio = candidates[:, 0] * (height * width), candidates[:, 1]
+    heights = _round(math.sqrt(area_px / ratio)) * (1.0 - central) + central_height * central  # [11]
+    widths = _round(math.sqrt(area_px * ratio)) * (1.0 - central) + central_width * central
+    fits = (heights <= height) & (widths <= width) & (heights > 0) & (widths > 0)
+    first = fn.reductions.min(number + (fits == 0) * np.int32(CROP_ATTEMPTS + 1))
+    crop_height, crop_width = heights[first], widths[first]
+    left = math.floor(candidates[first, 2] * (width - crop_width + 1.0))
+    top = math.floor(candidates[first, 3] * (height - crop_height + 1.0))
+    return fn.stack(top, left), fn.stack(crop_height, crop_width)
+
+
+def _round(values: DataNode) -> DataNode:
+    return (values + ROUNDING) - ROUNDING

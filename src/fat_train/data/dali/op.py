@@ -1,0 +1,197 @@
+"""RandAugment's operations in DALI, by PIL's formulas.
+
+PIL's colour operations end in a truncation, DALI's conversions in a rounding; `TRUNCATE` makes one of the other.
+What is left of a difference to PIL is measured in `tests/data/test_dali_op.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int32, Int64
+from nvidia.dali import fn, math, types
+from nvidia.dali.data_node import DataNode
+
+from fat_train.augment.policy import NO_OP, Op
+
+TRUNCATE = -0.4998  # less than half, so that the float error of a whole number does not take it a level down
+MAX_UINT8 = 255.0
+
+INTERPOLATION = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
+WARPS = (Op.ROTATE, Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y)
+SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
+
+
+class Slot(NamedTuple):
+    """What one of RandAugment's operations does to each image: nodes of the graph, one value an image."""
+
+    branch: DataNode
+    """Index into `BRANCHES`, or `NO_OP`."""
+    arg: DataNode
+    """As `Draws.arg`."""
+    matrix: DataNode
+    """3×3, output to source pixels; of use where the branch is the warp."""
+
+
+class Warp(NamedTuple):
+    """How warps interpolate and what they draw in from outside."""
+
+    interpolation: str
+    fill: tuple[int, int, int]
+
+
+def rand_augment(images: DataNode, slots: list[Slot], warp: Warp) -> DataNode:
+    """Carry out each image's own operations, one slot after another."""
+    for slot in slots:
+        if slot.branch != NO_OP:
+            images = _branch(0, len(BRANCHES) - 1, images, slot, warp)
+    return images
+
+
+def _branch(first: int, last: int, images: DataNode, slot: Slot, warp: Warp) -> DataNode:
+    if first == last:
+        return BRANCHES[first](images, slot, warp)
+    middle = (first + last) // 2
+    if slot.branch <= middle:
+        images = _branch(first, middle, images, slot, warp)
+    else:
+        images = _branch(middle + 1, last, images, slot, warp)
+    return images
+
+
+def _auto_contrast(images: DataNode, _slot: Slot, _warp: Warp) -> DataNode:
+    lowest = fn.cast(fn.reductions.min(images, axes=[0, 1], keep_dims=True), dtype=types.FLOAT)
+    span = fn.reductions.max(images, axes=[0, 1], keep_dims=True) - lowest
+    flat = fn.cast(span == 0, dtype=types.FLOAT)  # a channel of one level stays as it is
+    scale = MAX_UINT8 / (span + flat * MAX_UINT8)
+    return _to_uint8((images - lowest * (1.0 - flat)) * scale + TRUNCATE)
+
+
+def _equalize(images: DataNode, _slot: Slot, _warp: Warp) -> DataNode:
+    # DALI's rule spreads the levels from the first one in use, PIL's from the last one: the same rule on the negative.
+    return _negative(fn.equalize(_negative(images)))
+
+
+def _invert(images: DataNode, _slot: Slot, _warp: Warp) -> DataNode:
+    return _negative(images)
+
+
+def _posterize(images: DataNode, slot: Slot, _warp: Warp) -> DataNode:
+    kept = fn.cast(256.0 - math.pow(2.0, 8.0 - slot.arg), dtype=types.UINT8)
+    return images & _beside(images, kept)
+
+
+def _solarize(images: DataNode, slot: Slot, _warp: Warp) -> DataNode:
+    return images ^ ((images >= _beside(images, fn.cast(slot.arg, dtype=types.INT32))) * np.uint8(255))
+
+
+def _solarize_add(images: DataNode, slot: Slot, _warp: Warp) -> DataNode:
+    # 127 + 128, the most there can be, is no overflow.
+    return images + (images < 128) * _beside(images, fn.cast(slot.arg, dtype=types.UINT8))
+
+
+def _color(images: DataNode, slot: Slot, _warp: Warp) -> DataNode:
+    return _blend(_grey(images), images, slot.arg)
+
+
+def _contrast(images: DataNode, slot: Slot, _warp: Warp) -> DataNode:
+    mean = fn.reductions.mean(_grey(images), axes=[0, 1], keep_dims=True)
+    return _blend(math.floor(mean + 0.5), images, slot.arg)
+
+
+def _brightness(images: DataNode, slot: Slot, _warp: Warp) -> DataNode:
+    return fn.brightness_contrast(images, brightness=slot.arg, brightness_shift=TRUNCATE / MAX_UINT8)
+
+
+def _sharpness(images: DataNode, slot: Slot, _warp: Warp) -> DataNode:
+    inside = images[1:-1, 1:-1]
+    smooth = fn.filter(images, types.Constant(SMOOTH, device=images.device), mode="valid")
+    sharp = _blend(smooth, inside, slot.arg)
+    # PIL's filter leaves the outermost pixels alone.
+    middle = fn.cat(images[1:-1, :1], sharp, images[1:-1, -1:], axis=1)
+    return fn.cat(images[:1], middle, images[-1:], axis=0)
+
+
+def _perspective(images: DataNode, slot: Slot, warp: Warp) -> DataNode:
+    # `warp_affine` knows neither cubic interpolation nor a fill of three channels.
+    return fn.experimental.warp_perspective(
+        images,
+        _beside(images, slot.matrix),
+        interp_type=INTERPOLATION[warp.interpolation],
+        border_mode="constant",
+        fill_value=[float(level) for level in warp.fill],
+    )
+
+
+def _beside(images: DataNode, values: DataNode) -> DataNode:
+    """Bring values from the CPU to where the images are."""
+    return values.gpu() if images.device == "gpu" else values
+
+
+def _negative(images: DataNode) -> DataNode:
+    return images ^ np.uint8(255)
+
+
+def _grey(images: DataNode) -> DataNode:
+    return fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
+
+
+def _blend(away: DataNode, images: DataNode, factor: DataNode) -> DataNode:
+    """PIL's `Image.blend`: `away` at factor 0, the images themselves at 1, beyond them over 1."""
+    own = fn.brightness_contrast(images, brightness=factor, dtype=types.FLOAT)
+    other = fn.brightness_contrast(away, brightness=1.0 - factor, brightness_shift=TRUNCATE, dtype=types.FLOAT)
+    return _to_uint8(own + other)
+
+
+def _to_uint8(levels: DataNode) -> DataNode:
+    return fn.cast(levels, dtype=types.UINT8)
+
+
+_LOWERING: dict[Op, Callable[[DataNode, Slot, Warp], DataNode]] = {
+    Op.AUTO_CONTRAST: _auto_contrast,
+    Op.EQUALIZE: _equalize,
+    Op.INVERT: _invert,
+    Op.POSTERIZE: _posterize,
+    Op.SOLARIZE: _solarize,
+    Op.SOLARIZE_ADD: _solarize_add,
+    Op.COLOR: _color,
+    Op.CONTRAST: _contrast,
+    Op.BRIGHTNESS: _brightness,
+    Op.SHARPNESS: _sharpness,
+} | dict.fromkeys(WARPS, _perspective)
+
+BRANCHES = tuple(dict.fromkeys(_LOWERING[op] for op in Op))
+"""What an image can be sent through; the five warps differ in their matrix alone and share one."""
+
+_BRANCH_OF_OP = np.array([BRANCHES.index(_LOWERING[op]) for op in Op], np.int32)
+
+
+def branch_of(op: Int64[np.ndarray, " B"]) -> Int32[np.ndarray, " B"]:
+    """Look up the index into `BRANCHES` of each image's operation."""
+    return np.where(op == NO_OP, np.int32(NO_OP), _BRANCH_OF_OP[op])
+
+
+def warp_matrix(
+    op: Int64[np.ndarray, " B"], arg: Float64[np.ndarray, " B"], image_px: int
+) -> Float32[np.ndarray, "B 3 3"]:
+    """Build the matrix from output to source pixels of each warp, as PIL's `rotate` and timm's shears have it.
+
+    The origin is the corner of the first pixel; where the operation is no warp the matrix is the identity.
+    """
+    matrix = np.tile(np.eye(3), (len(op), 1, 1))
+    angle = np.deg2rad(np.where(op == Op.ROTATE, -arg, 0.0))
+    cos, sin, centre = np.cos(angle), np.sin(angle), image_px / 2
+    matrix[:, 0, 0] = matrix[:, 1, 1] = cos
+    matrix[:, 0, 1], matrix[:, 1, 0] = sin, -sin
+    matrix[:, 0, 2] = centre - (cos + sin) * centre
+    matrix[:, 1, 2] = centre - (cos - sin) * centre
+    for member, row, column, scale in (
+        (Op.SHEAR_X, 0, 1, 1),
+        (Op.SHEAR_Y, 1, 0, 1),
+        (Op.TRANSLATE_X, 0, 2, image_px),
+        (Op.TRANSLATE_Y, 1, 2, image_px),
+    ):
+        matrix[op == member, row, column] = arg[op == member] * scale
+    return matrix.astype(np.float32)

@@ -1,0 +1,96 @@
+"""Which image goes where and when: a pure function of seed, epoch and step, the same for every world size.
+
+The global batch of a step is cut out of the epoch's permutation first, and only then divided among the ranks, so
+eight devices see in step s the very images that one device with accumulation sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from fat_train.types import UserError
+
+
+class BatchPlan(NamedTuple):
+    """One micro-batch of one rank."""
+
+    epoch: int
+    step: int
+    """Optimiser step within the epoch, or, in validation, number of the batch."""
+    indices: Int64[np.ndarray, " B"]
+    """Rows of the `FileIndex`."""
+    rows: Int64[np.ndarray, " B"]
+    """Rows of the global step's table of draws that belong to these images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """The order of a split's images for one rank.
+
+    In training epoch e is the permutation of all images seeded by (seed, e); step s takes positions
+    [s·G, (s+1)·G), where G = batch_per_device · accumulate · world_size, and the incomplete last step is dropped. In
+    validation rank r takes images r, r + world_size, …: each exactly once, the last batch short.
+
+    Raises:
+        UserError: fewer training images than one global batch.
+    """
+
+    num_images: int
+    batch_per_device: int
+    accumulate: int = 1
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    train: bool = True
+
+    def __post_init__(self) -> None:
+        assert self.batch_per_device > 0
+        assert self.accumulate > 0
+        assert 0 <= self.rank < self.world_size
+        if self.train and self.num_images < self.global_batch:
+            raise UserError(
+                f"trainer.global_batch={self.global_batch} needs at least {self.global_batch} training images; "
+                f"the data set has {self.num_images}"
+            )
+
+    @property
+    def global_batch(self) -> int:
+        """Images of one optimiser step over all ranks."""
+        return self.batch_per_device * self.accumulate * self.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of a training epoch; in validation the batches of this rank."""
+        return self.num_images // self.global_batch if self.train else self.num_batches
+
+    @property
+    def num_batches(self) -> int:
+        """Micro-batches of this rank in an epoch."""
+        if self.train:
+            return self.steps_per_epoch * self.accumulate
+        own = len(range(self.rank, self.num_images, self.world_size))
+        return -(-own // self.batch_per_device)
+
+    def batches(self, epoch: int, first_batch: int = 0) -> Iterator[BatchPlan]:
+        """Yield this rank's micro-batches of an epoch, from micro-batch `first_batch` on."""
+        assert first_batch >= 0
+        return self._train_batches(epoch, first_batch) if self.train else self._eval_batches(epoch, first_batch)
+
+    def _train_batches(self, epoch: int, first_batch: int) -> Iterator[BatchPlan]:
+        permutation = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
+        for batch in range(first_batch, self.num_batches):
+            step, part = divmod(batch, self.accumulate)
+            start = (part * self.world_size + self.rank) * self.batch_per_device
+            rows = np.arange(start, start + self.batch_per_device)
+            yield BatchPlan(epoch, step, permutation[step * self.global_batch + rows], rows)
+
+    def _eval_batches(self, epoch: int, first_batch: int) -> Iterator[BatchPlan]:
+        own = np.arange(self.rank, self.num_images, self.world_size)
+        for batch in range(first_batch, self.num_batches):
+            indices = own[batch * self.batch_per_device :][: self.batch_per_device]
+            yield BatchPlan(epoch, batch, indices, np.arange(len(indices)))

@@ -1,0 +1,134 @@
+"""One picture by the reference road: PIL decodes and resizes, timm's own functions augment.
+
+The DALI pipeline is held against this file, picture by picture.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+from timm.data import auto_augment
+
+from fat_train.augment.policy import NO_OP, Draws, Op, crop_box
+from fat_train.types import UserError
+
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What PIL raises at a file that it cannot read, over all formats."""
+
+_TIMM: dict[Op, tuple[Callable[..., Image.Image], type | None]] = {
+    Op.AUTO_CONTRAST: (auto_augment.auto_contrast, None),
+    Op.EQUALIZE: (auto_augment.equalize, None),
+    Op.INVERT: (auto_augment.invert, None),
+    Op.ROTATE: (auto_augment.rotate, float),
+    Op.POSTERIZE: (auto_augment.posterize, int),
+    Op.SOLARIZE: (auto_augment.solarize, int),
+    Op.SOLARIZE_ADD: (auto_augment.solarize_add, int),
+    Op.COLOR: (auto_augment.color, float),
+    Op.CONTRAST: (auto_augment.contrast, float),
+    Op.BRIGHTNESS: (auto_augment.brightness, float),
+    Op.SHARPNESS: (auto_augment.sharpness, float),
+    Op.SHEAR_X: (auto_augment.shear_x, float),
+    Op.SHEAR_Y: (auto_augment.shear_y, float),
+    Op.TRANSLATE_X: (auto_augment.translate_x_rel, float),
+    Op.TRANSLATE_Y: (auto_augment.translate_y_rel, float),
+}
+assert len(_TIMM) == len(Op)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSpec:
+    """What is made of a decoded image, the same for all images of a loader."""
+
+    image_px: int
+    eval_resize_px: int
+    """Shorter side before the centre crop of validation images."""
+    interpolation: str
+    crop_ratio: tuple[float, float]
+    """`AugmentConfig.crop_ratio`; unused without draws."""
+    fill: tuple[int, int, int]
+    """RGB that a rotation, shear or translation draws in from outside."""
+
+
+def unreadable(path: str, reason: str) -> UserError:
+    """Say which file stopped the loader, and why."""
+    return UserError(f"cannot read the image {path} ({reason}): mend it, or take it out of the data set")
+
+
+def read_rgb(path: str) -> Image.Image:
+    """Decode a file and convert it to RGB; an EXIF orientation is not applied.
+
+    Raises:
+        UserError: the file is missing, truncated or no image.
+    """
+    try:
+        # PIL warns of odd metadata that do not touch the pixels; a training log is no place for them.
+        with warnings.catch_warnings(action="ignore", category=UserWarning), Image.open(path) as image:
+            return image.convert("RGB")
+    except READ_ERRORS as error:
+        raise unreadable(path, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "the file is not there any more"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it is no image, or an unknown kind"
+    return str(error) or type(error).__name__
+
+
+def apply_op(image: Image.Image, op: Op, arg: float, spec: PictureSpec) -> Image.Image:
+    """Carry out one RandAugment operation with timm's own function."""
+    function, kind = _TIMM[op]
+    arguments = () if kind is None else (kind(arg),)
+    return function(image, *arguments, fillcolor=spec.fill, resample=RESAMPLING[spec.interpolation])
+
+
+def train_picture(image: Image.Image, draws: Draws, row: int, spec: PictureSpec) -> UInt8[np.ndarray, "H W 3"]:
+    """Crop, resize, flip and augment an RGB image as one row of `draws` says."""
+    top, left, height, width = crop_box(draws.crop[row], image.height, image.width, spec.crop_ratio)
+    image = image.crop((left, top, left + width, top + height))
+    image = image.resize((spec.image_px, spec.image_px), RESAMPLING[spec.interpolation])
+    if draws.flip[row]:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for op, arg in zip(draws.op[row], draws.arg[row], strict=True):
+        if op != NO_OP:
+            image = apply_op(image, Op(op), arg, spec)
+    return np.array(image)
+
+
+def eval_picture(image: Image.Image, spec: PictureSpec) -> UInt8[np.ndarray, "H W 3"]:
+    """Resize an RGB image's shorter side and cut the centre out, as torchvision's `Resize` and `CenterCrop` do."""
+    height, width, top, left = eval_geometry(image.height, image.width, spec.eval_resize_px, spec.image_px)
+    image = image.resize((width, height), RESAMPLING[spec.interpolation])
+    return np.array(image.crop((left, top, left + spec.image_px, top + spec.image_px)))
+
+
+def eval_geometry(height: int, width: int, resize_px: int, crop_px: int) -> tuple[int, int, int, int]:
+    """Find validation's size after the resize and the corner of its centre crop, rounded as in torchvision.
+
+    Returns:
+        Resized height and width, top and left of the crop, in pixels.
+    """
+    longer = int(resize_px * max(height, width) / min(height, width))
+    new_height, new_width = (resize_px, longer) if height <= width else (longer, resize_px)
+    return new_height, new_width, round((new_height - crop_px) / 2.0), round((new_width - crop_px) / 2.0)
+
+
+def make_pictures(paths: list[str], draws: Draws | None, spec: PictureSpec) -> UInt8[np.ndarray, "B H W 3"]:
+    """Decode a batch of files and make the network's input of each; without draws, as for validation.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    pictures = np.empty((len(paths), spec.image_px, spec.image_px, 3), np.uint8)
+    for row, path in enumerate(paths):
+        image = read_rgb(path)
+        pictures[row] = eval_picture(image, spec) if draws is None else train_picture(image, draws, row, spec)
+    return pictures
