@@ -1,0 +1,1 @@
+"""What happens beside a training step: progress, EMA, checkpoints, guards."""

@@ -1,0 +1,103 @@
+"""An exponential moving average of the weights, evaluated beside the raw ones and kept beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from timm.utils import ModelEmaV3
+from torchmetrics import Metric
+
+from fat_train.types import Batch, UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMAConfig:
+    """Average the weights over the updates (Polyak and Juditsky, 1992)."""
+
+    decay: float = 0.0
+    """Share of the old average that an update keeps (0.9999 is usual for 300 epochs); 0 keeps no average."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise UserError(f"callback.ema.decay must be in [0, 1); got {self.decay}")
+
+
+class EMA(Callback):
+    """Keeps the average, evaluates it on each validation batch, and saves it under its own key.
+
+    The trained weights are never swapped out, so a checkpoint always resumes from the raw ones, and `val/top1` is
+    theirs; the average's is `val/top1_ema`. BatchNorm's statistics are averaged as the weights are.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.average: ModelEmaV3 | None = None
+        self._metric: Metric | None = None
+        self._seen_update = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Copy the weights before the model is compiled or wrapped."""
+        if stage == "fit" and self.average is None:
+            self.average = ModelEmaV3(pl_module.model, decay=self.decay)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follow the model to its device."""
+        assert self.average is not None
+        self.average.to(pl_module.device)
+        self._metric = self._task(pl_module).new_metric().to(pl_module.device)
+        self._seen_update = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Average once an update, not once a micro-batch."""
+        assert self.average is not None
+        if trainer.global_step != self._seen_update:
+            self._seen_update = trainer.global_step
+            self.average.update(pl_module.model)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Let the average classify the batch that the raw weights have just classified."""
+        if self.average is None or self._metric is None:
+            return
+        with trainer.precision_plugin.val_step_context():
+            out = self._task(pl_module).eval_step(batch, model=self.average.module)
+        self._metric.update(out.logits, out.targets)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the average's counts beside the raw ones."""
+        if self._metric is None:
+            return
+        values = self._metric.compute()
+        pl_module.log_dict({"val/top1_ema": values["top1"], "val/top5_ema": values["top5"]})
+        self._metric.reset()
+
+    @staticmethod
+    def _task(pl_module: LightningModule) -> Any:
+        return pl_module.task  # a `Task`: this layer knows the shape of it, not the class
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the average under a key of its own."""
+        assert self.average is not None
+        checkpoint["ema"] = {"decay": self.decay, "state_dict": self.average.module.state_dict()}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on with the saved average; where the run had none before, start one at the saved weights."""
+        if self.average is None:
+            return
+        raw = {
+            name.removeprefix("model."): value
+            for name, value in checkpoint["state_dict"].items()
+            if name.startswith("model.")
+        }
+        self.average.module.load_state_dict(checkpoint.get("ema", {}).get("state_dict", raw))

@@ -1,0 +1,1 @@
+"""Saving, loading, and what travels beside the weights."""

@@ -1,0 +1,1 @@
+"""What one step computes: the recipe's mathematics without the machinery."""

@@ -1,0 +1,1 @@
+"""A thin LightningModule around a task, and the Trainer that runs it."""

@@ -1,0 +1,121 @@
+"""A thin LightningModule: it asks a `Task` for losses and tells Lightning about optimiser, schedule and metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from fat_train.optim.adamw import AdamWConfig
+from fat_train.schedule.cosine import CosineConfig
+from fat_train.task.step import StepKey, Task
+from fat_train.trainer.plan import RunPlan
+from fat_train.types import Batch
+
+
+class TrainingModule(LightningModule):
+    """What happens in one update, in order: seed the step, task's loss, (clipped) optimiser step, next rate.
+
+    Args:
+        task: model and loss.
+        optim: the optimiser's settings.
+        schedule: the schedule's settings.
+        plan: the run's derived numbers.
+        seed: of the run; every step's randomness follows from it and the step's place in the run.
+        provenance: plain values that travel in each checkpoint (configuration, versions, data fingerprint).
+    """
+
+    # A rank may have no validation image at all: it still takes part in the sum.
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(
+        self,
+        task: Task,
+        optim: AdamWConfig,
+        schedule: CosineConfig,
+        plan: RunPlan,
+        *,
+        seed: int,
+        provenance: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.task = task
+        self.model = task.model
+        self.optim_config = optim
+        self.schedule_config = schedule
+        self.plan = plan
+        self.seed = seed
+        self.provenance = provenance
+        self.val_metric = task.new_metric()
+        self.val_loss = MeanMetric()
+        self._optimizer_settings: list[dict[str, Any]] = []
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser at the scaled rate, and the schedule by update."""
+        optimizer = self.optim_config.build(self.model, lr=self.plan.lr)
+        self._optimizer_settings = [
+            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
+        scheduler = self.schedule_config.build(
+            optimizer,
+            total_steps=self.plan.total_steps,
+            warmup_steps=self.plan.warmup_steps,
+            warmup_lr=self.plan.warmup_lr,
+            min_lr=self.plan.min_lr,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Scheduler, metric: Any | None) -> None:  # type: ignore[override]
+        """Set the rate of the next update; `global_step` has just been raised to its number."""
+        del metric
+        scheduler.step_update(num_updates=self.global_step)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take no schedule from a checkpoint: it follows from the configuration and the number of updates, so that a
+        run which is resumed with more epochs gets the longer curve."""
+        checkpoint["lr_schedulers"] = []
+
+    def on_train_start(self) -> None:
+        """Put the configuration's settings over those that came with the optimiser's state, and set the first rate."""
+        optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
+        for group, settings in zip(optimizer.param_groups, self._optimizer_settings, strict=True):
+            group.update(settings)
+        assert isinstance(scheduler, Scheduler)
+        scheduler.step_update(num_updates=self.global_step)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed torch from the step's place in the run, so that no random state has to be saved to resume exactly."""
+        del batch
+        torch.manual_seed(self.step_key(batch_idx).torch_seed())
+
+    def step_key(self, batch_idx: int) -> StepKey:
+        """Where in the run this rank's batch stands."""
+        return StepKey(self.seed, self.global_step, batch_idx % self.plan.accumulate, self.global_rank)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one micro-batch; Lightning divides it by the accumulation."""
+        out = self.task.train_step(batch, self.step_key(batch_idx))
+        self.log("train/loss", out.loss.detach())
+        return out.loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count one batch."""
+        del batch_idx
+        out = self.task.eval_step(batch)
+        self.val_metric.update(out.logits, out.targets)
+        self.val_loss.update(out.loss, weight=len(out.targets))
+
+    def on_validation_epoch_end(self) -> None:
+        """Sum the counts over the ranks; every rank logs the same numbers."""
+        values = {f"val/{name}": value.float() for name, value in self.val_metric.compute().items()}
+        self.log_dict(values | {"val/loss": self.val_loss.compute()})
+        self.val_metric.reset()
+        self.val_loss.reset()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put beside the weights what tells where they came from."""
+        checkpoint["fat_train"] = self.provenance

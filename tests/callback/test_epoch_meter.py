@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+
+from fat_train.callback.epoch_meter import EpochMeter, Reading, mean_over_ranks
+
+CPU = torch.device("cpu")
+
+
+def add_updates(meter: EpochMeter, losses: list[float]) -> None:
+    for loss in losses:
+        meter.add(torch.tensor(loss), ends_update=True)
+
+
+def test_the_mean_is_summed_in_float64() -> None:
+    meter = EpochMeter()
+    add_updates(meter, [1e8, 1.0, 1.0, 1.0, 1.0])  # float32 would lose every 1.0
+    assert meter.mean_loss(CPU) == (1e8 + 4) / 5
+
+
+def test_micro_batches_make_one_update() -> None:
+    meter = EpochMeter()
+    meter.add(torch.tensor(1.0), ends_update=False)
+    meter.add(torch.tensor(2.0), ends_update=True)
+    assert meter.updates == 1
+    assert meter.mean_loss(CPU) == 3.0
+
+
+def test_validation_counts_for_the_epoch_and_not_for_the_training() -> None:
+    now = 0.0
+    meter = EpochMeter(clock=lambda: now)
+    now = 10.0
+    meter.pause()
+    now = 14.0
+    assert (meter.elapsed_s, meter.train_s) == (14.0, 10.0)
+    meter.unpause()
+    now = 15.0
+    assert (meter.elapsed_s, meter.train_s) == (15.0, 11.0)
+
+
+def test_a_restored_epoch_goes_on_to_the_bit_and_without_the_time_in_between() -> None:
+    now = 0.0
+    losses = torch.rand(20, generator=torch.Generator().manual_seed(0)).tolist()
+    whole, first, second = EpochMeter(lambda: now), EpochMeter(lambda: now), EpochMeter(lambda: now)
+    for meter in (whole, first):
+        meter.reset(epoch=3)
+    add_updates(whole, losses)
+    add_updates(first, losses[:11])
+    now = 60.0
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    now = 1000.0
+    second.take_up(epoch=3)
+    assert second.state_dict() == first.state_dict() | {"elapsed_s": 60.0}
+    add_updates(second, losses[11:])
+    now = 1005.0
+    assert second.mean_loss(CPU) == whole.mean_loss(CPU)
+    assert second.elapsed_s == 65.0
+
+
+def test_a_restored_epoch_that_is_over_leaves_nothing_in_the_next() -> None:
+    meter = EpochMeter()
+    add_updates(meter, [5.0])
+    restored = EpochMeter()
+    restored.load_state_dict(meter.state_dict())
+    restored.take_up(epoch=1)
+    add_updates(restored, [1.0])
+    assert (restored.updates, restored.mean_loss(CPU)) == (1, 1.0)
+
+
+def _be_a_rank(rank: int, folder: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    meter = EpochMeter()
+    add_updates(meter, [1.0, 2.0] if rank == 0 else [5.0, 6.0])
+    state = meter.state_dict()
+    restored = EpochMeter()
+    restored.load_state_dict(state)
+    add_updates(restored, [0.0])
+    results = [meter.mean_loss(CPU), restored.mean_loss(CPU), mean_over_ranks(torch.tensor(float(rank))).item()]
+    Path(folder, f"{rank}.json").write_text(json.dumps([state["loss_sum_of_ranks"], results]))
+    distributed.destroy_process_group()
+
+
+def test_ranks_agree_on_the_mean_and_each_keeps_its_own_sum(tmp_path: Path) -> None:
+    multiprocessing.spawn(_be_a_rank, args=(str(tmp_path),), nprocs=2)
+    for rank in (0, 1):
+        sums, results = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert sums == [3.0, 11.0]
+        assert results == pytest.approx([3.5, 14 / 6, 0.5])
+
+
+def test_another_number_of_ranks_takes_the_mean_sum() -> None:
+    meter = EpochMeter()
+    meter.load_state_dict(
+        {"epoch": 0, "updates": 2, "loss_sum_of_ranks": [3.0, 11.0], "elapsed_s": 1.0, "paused_s": 0.0}
+    )
+    assert meter.mean_loss(CPU) == 3.5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_is_not_waited_for() -> None:
+    meter = EpochMeter()
+    loss = torch.ones((), device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            meter.add(loss, ends_update=True)
+            reading = Reading(meter.loss_sum(loss.device))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert reading.value() == 3.0
+    assert reading.is_here

@@ -1,0 +1,58 @@
+"""The global batch stays the recipe's, whatever the machine; rates scale with it."""
+
+from __future__ import annotations
+
+import pytest
+
+from fat_train.optim.adamw import AdamWConfig
+from fat_train.schedule.cosine import CosineConfig
+from fat_train.trainer.build import TrainerConfig
+from fat_train.trainer.plan import RunPlan, plan_run
+from fat_train.types import UserError
+
+IMAGENET = 1_281_167
+
+
+def plan(images: int = IMAGENET, **settings: int) -> RunPlan:
+    return plan_run(TrainerConfig(**settings), AdamWConfig(), CosineConfig(), train_images=images)
+
+
+@pytest.mark.parametrize(
+    ("settings", "per_device", "accumulate"),
+    [
+        ({"devices": 8}, 128, 1),
+        ({"devices": 1}, 128, 8),
+        ({"devices": 4, "num_nodes": 4}, 64, 1),
+        ({"devices": 2, "max_batch_per_device": 200}, 128, 4),
+        ({"devices": 8, "max_batch_per_device": 100}, 64, 2),
+        ({"devices": 1, "max_batch_per_device": 1024}, 1024, 1),
+    ],
+)
+def test_the_global_batch_is_kept_by_accumulation(settings: dict, per_device: int, accumulate: int) -> None:
+    run = plan(**settings)
+    assert (run.batch_per_device, run.accumulate, run.global_batch) == (per_device, accumulate, 1024)
+    assert run.batch_per_device * run.accumulate * run.world_size == 1024
+
+
+def test_imagenets_300_epochs_are_375300_updates_at_the_papers_rates() -> None:
+    run = plan(devices=8)
+    assert (run.steps_per_epoch, run.total_steps, run.warmup_steps) == (1251, 375_300, 25_020)
+    assert (run.lr, run.warmup_lr, run.min_lr) == pytest.approx((1e-3, 1e-6, 1e-5))
+
+
+def test_each_derived_number_is_printed_with_its_formula() -> None:
+    lines = "\n".join(plan(devices=8).lines())
+    assert "1024 = 128 images x 8 devices x 1 accumulated" in lines
+    assert "375300 = 300 epochs x 1251" in lines
+
+
+@pytest.mark.parametrize(
+    ("images", "settings", "said"),
+    [
+        (202, {}, r"trainer\.global_batch=1024 is more than the 202 images .*; give trainer\.global_batch=202 or less"),
+        (IMAGENET, {"devices": 3}, r"trainer\.global_batch=1024 does not divide over 3 devices .* 1023 and 1026"),
+    ],
+)
+def test_an_impossible_split_is_refused_with_what_would_do(images: int, settings: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        plan(images, **settings)
