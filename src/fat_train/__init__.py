@@ -1,0 +1,18 @@
+"""fat_train: train lightweight vision transformers on ImageNet from scratch, and get the paper's number.
+
+Importing it makes the models' names known to `timm.create_model` too.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fat_train.checkpoint.weights import load_weights
+from fat_train.config.zoo import create_model, list_models, register_with_timm
+
+try:
+    __version__ = version("fat_train")
+except PackageNotFoundError:
+    __version__ = "0+not.installed"
+
+__all__ = ["__version__", "create_model", "list_models", "load_weights"]
+
+register_with_timm()

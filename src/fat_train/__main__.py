@@ -1,0 +1,103 @@
+"""`python -m fat_train [command] [group=choice] [key=value] …`: compose, then run the command. No logic of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from fat_train.command.say import complain
+from fat_train.config.compose import compose, group_choices
+from fat_train.config.zoo import conf_dir
+from fat_train.types import UserError, nearest
+
+COMMANDS = {
+    "train": "the main job, and the default where no command is named",
+    "evaluate": "top-1 and top-5 of a checkpoint on a data set",
+    "preview": "a picture of what the pipeline really feeds the model",
+    "check": "look before a long run: data set, machine, configuration, hours it will take",
+    "report": "curves and a table of a run",
+}
+TRACEBACK = "FAT_TRAIN_TRACEBACK"
+
+HELP = """usage: python -m fat_train [command] [group=choice] [key=value] ...
+
+commands:
+{commands}
+
+groups and their choices (group=choice; any value below them as group.key=value):
+{groups}
+
+  --cfg              print the composed configuration and stop
+  --config-dir DIR   a folder of your own yamls, laid out as conf/ is
+  {traceback}=1  show the stack trace of an error
+"""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 2 after an error that the user can mend."""
+    words = list(sys.argv[1:] if words is None else words)
+    try:
+        return _run(words)
+    except UserError as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        complain(str(error))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(words: list[str]) -> int:
+    command = _take_command(words)
+    if "--help" in words or "-h" in words:
+        print(_help(group_choices([conf_dir()])))
+        return 0
+    show = "--cfg" in words
+    if show:
+        words.remove("--cfg")
+    tree = compose(command, words, extra_dir=_take_config_dir(words))
+    if show:
+        print(OmegaConf.to_yaml(tree, resolve=True), end="")
+        return 0
+    import_module(f"fat_train.command.{command}").run(tree)
+    return 0
+
+
+def _take_command(words: list[str]) -> str:
+    if not words or words[0].startswith("-") or "=" in words[0] or words[0].startswith("~"):
+        return "train"
+    command = words.pop(0)
+    if command not in COMMANDS:
+        raise UserError(
+            f"unknown command {command!r}{nearest(command, COMMANDS)} (allowed: {', '.join(COMMANDS)}; "
+            "settings are written key=value)"
+        )
+    return command
+
+
+def _take_config_dir(words: list[str]) -> Path | None:
+    if "--config-dir" not in words:
+        return None
+    at = words.index("--config-dir")
+    if at + 1 == len(words):
+        raise UserError("--config-dir wants a folder after it")
+    folder = words[at + 1]
+    del words[at : at + 2]
+    return Path(folder)
+
+
+def _help(choices: dict[str, list[str]]) -> str:
+    return HELP.format(
+        commands="\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items()),
+        groups="\n".join(f"  {group:<11}{', '.join(names)}" for group, names in choices.items()),
+        traceback=TRACEBACK,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""From a typed configuration to the parts of a run; shared by the commands that train, evaluate, preview and check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from fat_train.config.resolve import resolve
+from fat_train.config.run import Problems, RunConfig, resolve_run
+from fat_train.data.datamodule import DataSource, choose_backend, open_data
+from fat_train.data.index import FileIndex
+from fat_train.task.classification import Classification
+from fat_train.trainer.plan import RunPlan, plan_run
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+S = TypeVar("S", bound="DataclassInstance")
+
+
+def open_run(values: Mapping[str, Any]) -> tuple[RunConfig, DataSource]:
+    """Type and check the whole configuration, and list the data set.
+
+    Raises:
+        UserError: everything that is wrong with configuration, machine and data, in one message.
+    """
+    problems = Problems()
+    config = resolve_run(values, problems)
+    if config is None:
+        problems.raise_if_any()
+    assert config is not None
+    problems.raise_if_any()
+    problems.catch(config.trainer.refuse_impossible)
+    source = problems.catch(lambda: open_data(config.data))
+    problems.catch(lambda: choose_backend(config.data.backend, device_of(config), config.data.decode))
+    problems.raise_if_any()
+    assert source is not None
+    if config.debug.overfit_images:
+        few = first_images(source.train, config.debug.overfit_images)
+        source = replace(source, train=few, val=few)
+    return config, source
+
+
+def split_settings(values: Mapping[str, Any], cls: type[S]) -> tuple[S, dict[str, Any]]:
+    """A command's own root keys, typed, and what remains: the configuration of the run that it looks at."""
+    own = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+    return resolve(own, cls, where=""), {key: value for key, value in values.items() if key not in own}
+
+
+def plan_of(config: RunConfig, source: DataSource) -> RunPlan:
+    """The derived numbers of the run."""
+    return plan_run(
+        config.trainer,
+        config.optim,
+        config.schedule,
+        train_images=len(source.train),
+        max_steps_per_epoch=config.debug.max_steps_per_epoch,
+    )
+
+
+def build_task(config: RunConfig, num_classes: int) -> Classification:
+    """Model, loss and augmentation as one task; the model in its memory format, on the CPU."""
+    model = config.model.build(num_classes=num_classes)
+    if config.trainer.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if config.trainer.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if config.trainer.compile:
+        model.compile()
+    return config.task.build(model, config.loss.build(), config.augment, config.data.mean, config.data.std)
+
+
+def device_of(config: RunConfig) -> torch.device:
+    """The kind of device that the run trains on."""
+    return torch.device({"gpu": "cuda"}.get(config.trainer.kind, config.trainer.kind))
+
+
+def first_images(index: FileIndex, count: int) -> FileIndex:
+    """The first `count` images of every class in turn, so that few images still are of many classes."""
+    order = sorted(range(len(index)), key=_turn(index))[:count]
+    return replace(index, paths=tuple(index.paths[i] for i in order), targets=index.targets[order])
+
+
+def _turn(index: FileIndex) -> Any:
+    seen: dict[int, int] = {}
+    turns = []
+    for target in index.targets.tolist():
+        turns.append((seen.setdefault(target, 0), target))
+        seen[target] += 1
+    return lambda i: turns[i]

@@ -1,0 +1,154 @@
+"""check: everything that a long run would stumble over, before it starts."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig
+from rich.console import Console
+
+from fat_train.checkpoint.io import write_atomically
+from fat_train.command.assemble import build_task, open_run, plan_of, split_settings
+from fat_train.command.say import say
+from fat_train.config.run import RunConfig, plain
+from fat_train.data.datamodule import DataSource, SyntheticDataConfig
+from fat_train.report.dataset import DatasetReport, scan_dataset
+from fat_train.report.machine import estimate, machine_facts, machine_table
+from fat_train.trainer.build import available_cores, build_trainer
+from fat_train.trainer.loaders import RunLoaders
+from fat_train.trainer.module import TrainingModule
+from fat_train.trainer.plan import RunPlan
+from fat_train.types import Batch, UserError
+
+SETTLING_SHARE = 0.3
+"""Of the timed seconds, the first part that does not count: threads start, caches fill, kernels are chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckSettings:
+    """What `conf/check.yaml` adds to a run's configuration."""
+
+    read_files: bool = True
+    """Decode every file once."""
+    seconds: float = 60.0
+    """Seconds of training to time; 0 times nothing."""
+    out: str = "runs/check.json"
+    """Where everything that was found is kept, every path included."""
+
+    def __post_init__(self) -> None:
+        if self.seconds < 0:
+            raise UserError(f"seconds must not be negative; got {self.seconds}")
+
+
+class Pace(pl.Callback):
+    """Stops training after some seconds, and knows the images per second of the part after the settling."""
+
+    def __init__(self, seconds: float, images_per_batch: int) -> None:
+        self.seconds = seconds
+        self.images_per_batch = images_per_batch
+        self.images_per_s: float | None = None
+        self._started = 0.0
+        self._settled: float | None = None
+        self._batches = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count, and stop in time. At least one batch is counted, however slow."""
+        now = time.perf_counter()
+        if self._settled is None:
+            if now - self._started >= SETTLING_SHARE * self.seconds:
+                self._settled = now
+            return
+        self._batches += 1
+        self.images_per_s = self._batches * self.images_per_batch / (now - self._settled)
+        if now - self._started >= self.seconds:
+            trainer.should_stop = True
+
+
+def run(tree: DictConfig) -> None:
+    """Say what was found; the process ends with 2 where training would fail.
+
+    Raises:
+        UserError: something that would stop the run.
+    """
+    settings, values = split_settings(plain(tree), CheckSettings)
+    config, source = open_run(values)
+    plan = plan_of(config, source)
+    console = Console()
+    facts = machine_facts(Path(config.run.folder), _root(config, source))
+    console.print(machine_table(facts))
+    say(f"configuration  {config.name}: good")
+    for line in plan.lines():
+        say(line)
+    found: dict[str, Any] = {"machine": facts, "plan": plan.__dict__}
+
+    report = _scan(source, console) if settings.read_files and _root(config, source) else None
+    if report is not None:
+        found["data"] = report.as_dict()
+    if settings.seconds and (report is None or report.is_trainable):
+        say(f"timing         {settings.seconds:g} s of training ...")
+        rate = images_per_second(config, source, plan, settings.seconds)
+        found["images_per_s"] = rate
+        say(f"estimate       {estimate(rate, plan.steps_per_epoch * plan.global_batch, plan.epochs)}")
+    write_atomically(Path(settings.out), json.dumps(found, indent=1))
+    say(f"details        {settings.out}")
+    if report is not None and not report.is_trainable:
+        raise UserError("the data set has files that training cannot read (named above): replace or remove them")
+
+
+def images_per_second(config: RunConfig, source: DataSource, plan: RunPlan, seconds: float) -> float:
+    """The whole job's training speed, by training for some seconds and throwing the result away.
+
+    Raises:
+        UserError: the set is too small to settle and be timed (two batches at least are needed).
+    """
+    pace = Pace(seconds, plan.batch_per_device * plan.world_size)
+    module = TrainingModule(
+        build_task(config, source.num_classes),
+        config.optim,
+        config.schedule,
+        plan,
+        seed=config.run.seed,
+        provenance={},
+    )
+    loaders = RunLoaders(
+        config.data, source, config.augment, plan=plan, batch_per_device=plan.batch_per_device, seed=config.run.seed
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(
+            config.trainer,
+            folder=Path(folder),
+            epochs=plan.epochs,
+            accumulate=plan.accumulate,
+            clip_grad_norm=config.optim.clip_grad_norm,
+            callbacks=[pace],
+            loggers=[],
+            max_val_batches=0,
+        )
+        trainer.fit(module, datamodule=loaders)
+    if pace.images_per_s is None:
+        raise UserError(f"seconds={seconds:g} is too short to time this run: give more")
+    return pace.images_per_s
+
+
+def _root(config: RunConfig, source: DataSource) -> Path | None:
+    return None if isinstance(config.data, SyntheticDataConfig) else source.train.root.parent
+
+
+def _scan(source: DataSource, console: Console) -> DatasetReport:
+    report = scan_dataset(source.train, source.val, workers=available_cores(), console=console)
+    console.print(report.table())
+    for line in report.lines():
+        say(line)
+    return report

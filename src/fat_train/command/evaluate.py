@@ -1,0 +1,145 @@
+"""evaluate: top-1 and top-5 of a checkpoint, each validation image counted once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import LightningModule
+from torchmetrics import MeanMetric
+
+from fat_train.checkpoint.weights import apply_state_dict, read_checkpoint, read_state_dict
+from fat_train.command.assemble import build_task
+from fat_train.command.say import say
+from fat_train.config.resolve import refuse_unknown, resolve
+from fat_train.config.run import GROUPS, Problems, RunConfig, plain, resolve_run
+from fat_train.data.datamodule import DataSource, open_data
+from fat_train.task.classification import Classification
+from fat_train.trainer.build import build_trainer
+from fat_train.trainer.loaders import RunLoaders
+from fat_train.types import Batch, MissingPathError, UserError, one_of
+
+WEIGHTS = ("raw", "ema", "both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """What stands at the root of `conf/evaluate.yaml`, beside data and trainer."""
+
+    checkpoint: str
+    """File with the weights and, beside them, the configuration of their run."""
+    weights: str = "raw"
+    """raw, ema, or both."""
+    batch_size: int = 128
+    """Images that one device holds at once; the result does not depend on it."""
+
+    def __post_init__(self) -> None:
+        one_of("weights", self.weights, WEIGHTS)
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1; got {self.batch_size}")
+
+
+class EvaluationModule(LightningModule):
+    """Validation alone: counts, no optimiser."""
+
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(self, task: Classification) -> None:
+        super().__init__()
+        self.task = task
+        self.model = task.model
+        self.metric = task.new_metric()
+        self.loss = MeanMetric()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count one batch."""
+        del batch_idx
+        out = self.task.eval_step(batch)
+        self.metric.update(out.logits, out.targets)
+        self.loss.update(out.loss, weight=len(out.targets))
+
+    def on_validation_epoch_end(self) -> None:
+        """Sum over the ranks."""
+        self.log_dict({f"val/{name}": value.float() for name, value in self.metric.compute().items()})
+        self.log("val/loss", self.loss.compute())
+
+
+def run(tree: DictConfig) -> list[dict[str, Any]]:
+    """Evaluate; returns one row of numbers for each kind of weights.
+
+    Raises:
+        UserError: no such checkpoint, one without its configuration, or a data set with other classes.
+    """
+    values = plain(tree)
+    settings = resolve({k: v for k, v in values.items() if k not in GROUPS}, EvaluateSettings, where="")
+    checkpoint = Path(settings.checkpoint)
+    about = _about(checkpoint)
+    config, source = _open(values, about)
+    _refuse_other_classes(about, source, checkpoint)
+    say(f"checkpoint     {checkpoint} ({about['model']}, {about['num_classes']} classes)")
+    say(f"data           {source.describe()}")
+    kinds = ["raw", "ema"] if settings.weights == "both" else [settings.weights]
+    return [_evaluate(kind, checkpoint, config, source, settings.batch_size) for kind in kinds]
+
+
+def _about(checkpoint: Path) -> dict[str, Any]:
+    if not checkpoint.is_file():
+        raise MissingPathError(f"checkpoint={checkpoint}: no such file")
+    about = read_checkpoint(checkpoint).get("fat_train")
+    if about is None:
+        raise UserError(
+            f"checkpoint={checkpoint} holds weights but not the configuration of a run, so the model is unknown. "
+            "In Python: model = fat_train.create_model(<name>); fat_train.load_weights(model, <file>)"
+        )
+    return about
+
+
+def _open(values: dict[str, Any], about: dict[str, Any]) -> tuple[RunConfig, DataSource]:
+    """The checkpoint's own configuration with this command's data and trainer laid over it."""
+    given = values.get("data", {})
+    saved = dict(about["config"])
+    data = given if "_target_" in given else OmegaConf.to_container(OmegaConf.merge(saved["data"], given))
+    refuse_unknown(values, (*EvaluateSettings.__dataclass_fields__, "data", "trainer"), where="")
+    problems = Problems()
+    config = resolve_run({**saved, "data": data, "trainer": values["trainer"], "debug": {}}, problems)
+    problems.raise_if_any()
+    assert config is not None
+    problems.catch(config.trainer.refuse_impossible)
+    source = problems.catch(lambda: open_data(config.data))
+    problems.raise_if_any()
+    assert source is not None
+    return config, source
+
+
+def _refuse_other_classes(about: dict[str, Any], source: DataSource, checkpoint: Path) -> None:
+    if about["num_classes"] != len(source.val.classes):
+        raise UserError(
+            f"{checkpoint} has {about['num_classes']} classes, the data set has {len(source.val.classes)}: "
+            "its results would mean nothing"
+        )
+    if about["classes"] != list(source.val.classes):
+        pairs = zip(about["classes"], source.val.classes, strict=True)
+        old, new = next((old, new) for old, new in pairs if old != new)
+        say(f"warning        the classes' names differ from those in training (first: {old} there, {new} here)")
+
+
+def _evaluate(kind: str, checkpoint: Path, config: RunConfig, source: DataSource, batch_size: int) -> dict[str, Any]:
+    task = build_task(config, source.num_classes)
+    apply_state_dict(task.model, read_state_dict(checkpoint, kind), source=str(checkpoint))
+    trainer = build_trainer(
+        config.trainer, folder=checkpoint.parent, epochs=1, accumulate=1, clip_grad_norm=0.0, callbacks=[], loggers=[]
+    )
+    loaders = RunLoaders(
+        config.data, source, config.augment, plan=None, batch_per_device=batch_size, seed=config.run.seed
+    )
+    with torch.inference_mode():
+        (result,) = trainer.validate(EvaluationModule(task), datamodule=loaders, verbose=False)
+    count = round(result["val/count"])
+    say(
+        f"{kind:<15}top-1 {result['val/top1']:.3f} %   top-5 {result['val/top5']:.3f} %   "
+        f"loss {result['val/loss']:.4f}   {count:,} images"
+    )
+    return {"weights": kind, **result}

@@ -1,0 +1,157 @@
+"""train: config in, trained and checkpointed model out. The order of the lines is the order of events."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig
+
+from fat_train.checkpoint.provenance import provenance
+from fat_train.checkpoint.run_folder import RunFolder
+from fat_train.checkpoint.weights import read_checkpoint
+from fat_train.command.assemble import build_task, device_of, open_run, plan_of
+from fat_train.command.say import is_rank_zero, say
+from fat_train.config.run import RunConfig, plain
+from fat_train.data.datamodule import DataSource, SyntheticDataConfig, choose_backend
+from fat_train.report.table import write_report
+from fat_train.trainer.build import build_trainer
+from fat_train.trainer.loaders import RunLoaders
+from fat_train.trainer.module import TrainingModule
+from fat_train.trainer.plan import RunPlan
+from fat_train.types import UserError
+
+
+def run(tree: DictConfig) -> None:
+    """Train the run that the tree describes, or go on with it.
+
+    Raises:
+        UserError: something in the configuration, the data or the machine that the user can mend.
+    """
+    values = plain(tree)
+    config, source = open_run(values)
+    plan = plan_of(config, source)
+    folder = RunFolder(Path(config.run.folder) / config.name)
+    start = folder.starting_point(config.run.resume, config.run.overwrite)
+    if start is not None and _finished_updates(start, config, source, plan) >= plan.total_steps:
+        say(_finished(config, start))
+        return
+    if is_rank_zero():
+        if start is None:
+            folder.clear()
+        _announce(config, source, plan, folder, start, values)
+        folder.write_config(values)
+
+    pl.seed_everything(config.run.seed, verbose=False)
+    module = TrainingModule(
+        build_task(config, source.num_classes),
+        config.optim,
+        config.schedule,
+        plan,
+        seed=config.run.seed,
+        provenance=_provenance(values, config, source, plan),
+    )
+    loaders = RunLoaders(
+        config.data, source, config.augment, plan=plan, batch_per_device=plan.batch_per_device, seed=config.run.seed
+    )
+    trainer = build_trainer(
+        config.trainer,
+        folder=folder.root,
+        epochs=plan.epochs,
+        accumulate=plan.accumulate,
+        clip_grad_norm=config.optim.clip_grad_norm,
+        callbacks=config.callback.build(
+            checkpoints=folder.checkpoints,
+            metrics=folder.metrics,
+            images_per_update=plan.global_batch,
+            steps_per_epoch=plan.steps_per_epoch,
+            epochs=plan.epochs,
+            log_every_n_steps=config.trainer.log_every_n_steps,
+            val_every_n_epochs=config.trainer.val_every_n_epochs,
+        ),
+        loggers=config.logger.build(folder.root, config.name, values) if is_rank_zero() else [],
+        max_batches=plan.steps_per_epoch * plan.accumulate,
+        max_val_batches=config.debug.max_val_batches or None,
+        profile=config.debug.profile,
+    )
+    trainer.fit(module, datamodule=loaders, ckpt_path=start, weights_only=True)
+    if is_rank_zero():
+        written = write_report(folder.root)
+        say(_farewell(folder, written))
+
+
+def _finished_updates(start: Path, config: RunConfig, source: DataSource, plan: RunPlan) -> int:
+    """Updates that a checkpoint has behind it, once it is known to be of this run."""
+    saved = read_checkpoint(start)
+    about = saved.get("fat_train", {})
+    ways_out = "Give another name=<name> for a new run, or resume=never overwrite=true to replace the old one"
+    if about.get("model") != config.model.name:
+        raise UserError(
+            f"{start} is a checkpoint of model={about.get('model')}, not of {config.model.name}. {ways_out}"
+        )
+    if about.get("classes") != list(source.train.classes):
+        raise UserError(
+            f"{start} was trained on {about.get('num_classes')} classes; data={config.data.name} has "
+            f"{source.num_classes}, or others. {ways_out}"
+        )
+    if about.get("steps_per_epoch") != plan.steps_per_epoch:
+        raise UserError(
+            f"{start} was trained with {about.get('steps_per_epoch')} updates an epoch; this configuration has "
+            f"{plan.steps_per_epoch} ({plan.train_images} images, trainer.global_batch={plan.global_batch}). {ways_out}"
+        )
+    if about.get("data") != _fingerprints(source):
+        say(f"warning        the list of images has changed since {start}: the order of the rest of the run is another")
+    return int(saved["global_step"])
+
+
+def _provenance(values: dict[str, Any], config: RunConfig, source: DataSource, plan: RunPlan) -> dict[str, Any]:
+    return provenance(
+        values,
+        model=config.model.name,
+        classes=source.train.classes,
+        steps_per_epoch=plan.steps_per_epoch,
+        fingerprints=_fingerprints(source),
+    )
+
+
+def _fingerprints(source: DataSource) -> dict[str, str]:
+    return {"train": source.train.fingerprint, "val": source.val.fingerprint}
+
+
+def _announce(
+    config: RunConfig, source: DataSource, plan: RunPlan, folder: RunFolder, start: Path | None, values: dict[str, Any]
+) -> None:
+    """Say what is about to happen, each derived number with its formula."""
+    say(f"run            {config.name} in {folder.root}")
+    say(f"data           {source.describe()}")
+    if not isinstance(config.data, SyntheticDataConfig):
+        backend = choose_backend(config.data.backend, device_of(config), config.data.decode)
+        say(f"               {backend.reason}")
+    for line in plan.lines():
+        say(line)
+    if plan.world_size > 1:
+        synced = "synchronised over all devices" if config.trainer.kind == "gpu" else "of each process (CPU)"
+        say(f"BatchNorm      statistics are {synced}")
+    if start is None:
+        return
+    say(f"resuming       from {start}")
+    for line in folder.config_diff(values):
+        say(f"  changed      {line}")
+
+
+def _finished(config: RunConfig, start: Path) -> str:
+    return (
+        f"{config.name} is finished: {start} holds all {config.schedule.epochs} epochs.\n"
+        f"Evaluate it:    python -m fat_train evaluate checkpoint={start}\n"
+        "Train longer:   give a larger schedule.epochs\n"
+        "Start again:    resume=never overwrite=true, or another name=<name>"
+    )
+
+
+def _farewell(folder: RunFolder, report: tuple[Path, ...]) -> str:
+    best = sorted(folder.checkpoints.glob("best-*.ckpt"), key=lambda file: file.stem.rpartition("-")[2])
+    checkpoint = best[-1] if best else folder.last
+    lines = [f"checkpoint     {checkpoint}", f"metrics        {folder.metrics}"]
+    lines += [f"report         {path}" for path in report]
+    return "\n".join([*lines, f"next           python -m fat_train evaluate checkpoint={checkpoint}"])

@@ -1,0 +1,1 @@
+"""From yaml and command line to typed, checked dataclasses."""

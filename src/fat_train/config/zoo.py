@@ -1,0 +1,164 @@
+"""The models by name: every yaml under conf/model is one, here and in timm."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from fat_train.checkpoint.weights import apply_state_dict, num_classes_of, read_state_dict
+from fat_train.config.resolve import resolve
+from fat_train.model.backbone import Backbone
+from fat_train.types import MissingPathError, UserError, nearest
+
+IMAGENET_CLASSES = 1000
+TIMM_OPTIONS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "feature_cls")
+
+
+def conf_dir() -> Path:
+    """The folder of yaml files: inside an installed package, at the root of a checkout.
+
+    Raises:
+        MissingPathError: it is in neither place, so the installation is not whole.
+    """
+    package = Path(__file__).parents[1]
+    for folder in (package / "conf", package.parents[1] / "conf"):
+        if (folder / "model").is_dir():
+            return folder
+    raise MissingPathError(f"the folder conf/ is neither in {package} nor in {package.parents[1]}: install again")
+
+
+def list_models(pattern: str = "") -> list[str]:
+    """Names that `create_model` knows, sorted; `pattern` ("fat_b*") chooses among them."""
+    names = sorted(file.stem for file in (conf_dir() / "model").glob("*.yaml"))
+    return [name for name in names if fnmatch(name, pattern or "*")]
+
+
+def load_model_node(name: str) -> DictConfig:
+    """The yaml of a model, not yet typed.
+
+    Raises:
+        UserError: no such name; says the nearest and all of them.
+    """
+    names = list_models()
+    if name not in names:
+        raise UserError(f"unknown model {name}{nearest(name, names)}\nModels: {', '.join(names)}")
+    node = OmegaConf.load(conf_dir() / "model" / f"{name}.yaml")
+    assert isinstance(node, DictConfig)
+    return node
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    in_chans: int = 3,
+    drop_path_rate: float | None = None,
+    global_pool: str = "avg",
+    features_only: bool = False,
+    out_indices: Sequence[int] | int | None = None,
+    checkpoint_path: str | Path | None = None,
+    pretrained: bool = False,
+    **overrides: Any,
+) -> nn.Module:
+    """Build a model of the zoo.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: width of the classifier, 0 for none; unless given the checkpoint's, or 1000 without one.
+        in_chans: channels of the image.
+        drop_path_rate: instead of the yaml's; in [0, 1).
+        global_pool: "avg", or "" to leave the features a map (with `num_classes=0`).
+        features_only: give a module that maps images to a list of feature maps, with timm's `feature_info`.
+        out_indices: levels of that list, from 0 (stride 4); an int means the last so many; all unless given.
+        checkpoint_path: weights to load, as `load_weights` does.
+        pretrained: refused, as no weights are published.
+        overrides: other fields of the model's config, such as `interaction={"gate": "paper"}`; and timm's
+            `pretrained_cfg`, `pretrained_cfg_overlay`, `cache_dir` and `feature_cls`.
+
+    Returns:
+        A `Backbone`, or timm's feature extractor around one.
+
+    Raises:
+        UserError: an unknown name or field, an impossible value, a checkpoint of another model.
+        MissingPathError: no such checkpoint.
+    """
+    if pretrained:
+        raise UserError(
+            f"no weights are published for {name}: train it, then "
+            f'fat_train.create_model("{name}", checkpoint_path=...) or fat_train.load_weights(model, path)'
+        )
+    options: dict[str, Any] = {key: overrides.pop(key) for key in TIMM_OPTIONS if key in overrides}
+    if out_indices is not None:
+        if not features_only:
+            raise UserError("out_indices chooses among feature maps: set features_only=True")
+        options["out_indices"] = out_indices
+    if drop_path_rate is not None:
+        overrides["drop_path_rate"] = drop_path_rate
+    node = OmegaConf.merge(load_model_node(name), overrides)
+    assert isinstance(node, DictConfig)
+    config = resolve(node, where="model")
+    state = None if checkpoint_path is None else read_state_dict(checkpoint_path)
+    if num_classes is None:
+        num_classes = IMAGENET_CLASSES if state is None else num_classes_of(state)
+
+    def build(num_classes: int, in_chans: int) -> Backbone:
+        model = config.build(num_classes, in_chans)
+        if global_pool != model.global_pool:  # a second head would draw other weights than `config.build` does
+            model.reset_classifier(num_classes, global_pool)
+        if state is not None:
+            apply_state_dict(model, state, source=str(checkpoint_path))
+        return model
+
+    return build_model_with_cfg(
+        build,
+        name,
+        pretrained=False,
+        feature_cfg={"feature_cls": "getter", "out_indices": (0, 1, 2, 3)},
+        features_only=features_only,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        **options,
+    )
+
+
+def register_with_timm() -> None:
+    """Make every name known to `timm.create_model`; a name that timm has already would be replaced, with a warning."""
+    for name in list_models():
+        # timm appends each name to this module's __all__, as it does to those of its own modules.
+        setattr(sys.modules[__name__], name, register_model(_entrypoint(name)))
+
+
+def _entrypoint(name: str) -> Callable[..., nn.Module]:
+    def entrypoint(drop_rate: float = 0.0, **kwargs: Any) -> nn.Module:
+        if drop_rate:
+            raise UserError(f"{name} has no dropout before its classifier: leave out drop_rate; got {drop_rate}")
+        return create_model(name, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = f'`fat_train.create_model("{name}", ...)`, by timm\'s signature.'
+    return entrypoint
+
+
+# Where timm's `register_model` looks for what a model expects of its images.
+default_cfgs = generate_default_cfgs(
+    {
+        name: {
+            "input_size": (3, 224, 224),
+            "crop_pct": 0.875,
+            "interpolation": "bicubic",
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "num_classes": IMAGENET_CLASSES,
+            "classifier": "head",
+        }
+        for name in list_models()
+    }
+)

@@ -1,0 +1,70 @@
+"""What the README says to type, works as it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [
+    line.partition("   #")[0].strip()
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.splitlines()
+    if "-m fat_train" in line
+]
+
+
+def test_the_readme_fits_two_hundred_lines() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_readme_does_what_it_can_here(command: str, digits_cache: Path, tmp_path: Path) -> None:
+    """Those that want ImageNet stop at its missing folder, naming it; all others run to their end."""
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "fat_train"]
+    done = subprocess.run(
+        [sys.executable, *words[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
+    )
+    if "data.root=/path/to/imagenet" in words:
+        assert done.returncode == 2
+        assert "data.root=/path/to/imagenet" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
+    (code,) = (block for language, block in BLOCKS if language == "python")
+    save = 'import torch\ntorch.save(model.state_dict(), "last.ckpt")\nfat_train.load_weights'
+    code = code.replace("fat_train.load_weights", save)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_target_that_the_readme_names_is_in_the_makefile() -> None:
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", README, flags=re.MULTILINE))
+    assert named
+    assert named <= targets
+
+
+def test_every_file_that_the_readme_links_to_is_there() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (REPOSITORY / link).exists(), link
+
+
+def test_the_slurm_script_wants_to_know_where_the_data_is() -> None:
+    script = REPOSITORY / "slurm" / "train.sbatch"
+    environment = {name: value for name, value in os.environ.items() if name != "FAT_TRAIN_DATA"}
+    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "set FAT_TRAIN_DATA to the folder that holds train/ and val/" in done.stderr

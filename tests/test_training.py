@@ -1,0 +1,172 @@
+"""The main job from the outside: config in, trained and checkpointed model out, again and again the same."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fat_train.__main__ import main
+from fat_train.checkpoint.weights import read_checkpoint, read_state_dict
+from fat_train.metric.record import read_rows
+
+GOLDEN = Path(__file__).parent / "golden" / "digits_loss.txt"
+DIGITS = [
+    "experiment=digits",
+    "schedule.epochs=2",
+    "schedule.warmup_epochs=1",
+    "trainer.log_every_n_steps=1",
+    "model.drop_path_rate=0.1",
+    "data.num_workers=1",
+]
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def losses(run: Path) -> list[str]:
+    return [row["train/loss"] for row in read_rows(run / "metrics.csv")]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, digits_cache: Path) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    assert main([*DIGITS, f"folder={folder}"]) == 0
+    return folder / "digits_demo"
+
+
+def test_the_same_command_gives_the_same_losses_to_the_bit(unbroken: Path, tmp_path: Path) -> None:
+    assert main([*DIGITS, f"folder={tmp_path}"]) == 0
+    assert losses(tmp_path / "digits_demo") == losses(unbroken)
+
+
+def test_losses_follow_the_golden_curve(unbroken: Path) -> None:
+    """Another processor or another release of a kernel rounds otherwise, so across machines it is a band."""
+    golden = [float(line) for line in GOLDEN.read_text().splitlines() if not line.startswith("#")]
+    assert [float(loss) for loss in losses(unbroken)] == pytest.approx(golden, rel=0.02)
+
+
+def test_a_killed_run_resumes_to_the_unbroken_runs_weights_and_rows(unbroken: Path, tmp_path: Path, cli: Cli) -> None:
+    """SIGKILL in the second epoch, then the same command: as if nothing had happened."""
+    words = [*DIGITS, f"folder={tmp_path}"]
+    run = tmp_path / "digits_demo"
+    started = subprocess.Popen(
+        [sys.executable, "-m", "fat_train", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 200
+    while not (run / "checkpoints" / "last.ckpt").exists() or len(read_rows(run / "metrics.csv")) < 26:
+        assert started.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["epoch"] == 0
+
+    resumed = cli(*words)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resuming       from {run / 'checkpoints' / 'last.ckpt'}" in resumed.stdout
+    assert losses(run) == losses(unbroken)
+    ours, theirs = (read_state_dict(folder / "checkpoints" / "last.ckpt") for folder in (run, unbroken))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    again = cli(*words)
+    assert again.returncode == 0
+    assert "digits_demo is finished" in again.stdout
+
+
+def test_a_checkpoint_says_where_it_came_from(unbroken: Path) -> None:
+    about = read_checkpoint(unbroken / "checkpoints" / "last.ckpt")["fat_train"]
+    assert about["model"] == "fat_nano"
+    assert about["classes"] == [str(digit) for digit in range(10)]
+    assert about["config"]["schedule"]["epochs"] == 2
+    assert about["versions"]["torch"] == torch.__version__.partition("+")[0] or about["versions"]["torch"]
+    assert set(about["data"]) == {"train", "val"}
+
+
+def test_a_longer_schedule_takes_effect_on_resume_and_is_shown(unbroken: Path, tmp_path: Path, cli: Cli) -> None:
+    words = [*DIGITS, f"folder={tmp_path}", "debug.max_steps_per_epoch=3"]
+    assert cli(*words).returncode == 0
+    longer = cli(*words, "schedule.epochs=3", "optim.weight_decay=0.1")
+    assert longer.returncode == 0, longer.stderr
+    assert "changed      schedule.epochs: 2 -> 3" in longer.stdout
+    assert "changed      optim.weight_decay: 0.05 -> 0.1" in longer.stdout
+    rows = read_rows(tmp_path / "digits_demo" / "metrics.csv")
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9]
+    rates = [float(row["lr"]) for row in rows]
+    assert rates[8] > rates[6], "the longer cosine stands higher than the end of the shorter one"
+    saved = read_checkpoint(tmp_path / "digits_demo" / "checkpoints" / "last.ckpt")
+    assert {group["weight_decay"] for group in saved["optimizer_states"][0]["param_groups"]} == {0.0, 0.1}
+
+
+def test_two_processes_count_every_validation_image_once_as_one_process_does(
+    unbroken: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """Trained by two processes, evaluated by one and by two: the same integers."""
+    words = [*DIGITS, f"folder={tmp_path}", "trainer.accelerator=cpu", "debug.max_steps_per_epoch=3"]
+    trained = cli(*words, "trainer.devices=2")
+    assert trained.returncode == 0, trained.stderr
+    assert "64 = 32 images x 2 devices" in trained.stdout
+    assert "statistics are of each process (CPU)" in trained.stdout
+    checkpoint = tmp_path / "digits_demo" / "checkpoints" / "last.ckpt"
+    last = read_rows(tmp_path / "digits_demo" / "metrics.csv")[-1]
+    results = [
+        next(
+            line
+            for line in cli("evaluate", f"checkpoint={checkpoint}", f"trainer.devices={n}", *extra).stdout.splitlines()
+            if line.startswith("raw")
+        )
+        for n, extra in ((1, ["batch_size=100"]), (2, ["batch_size=37"]))
+    ]
+    assert results[0] == results[1]
+    assert results[0].endswith("355 images")
+    assert f"top-1 {float(last['val/top1']):.3f} %   top-5 {float(last['val/top5']):.3f} %" in results[0]
+    assert last["val/count"] == "355"
+
+
+def test_accumulated_micro_batches_take_the_same_updates_as_one_batch(tmp_path: Path, digits_cache: Path) -> None:
+    """Without BatchNorm's batch statistics in the way (their batches differ) only rounding remains: the first loss."""
+    words = [*DIGITS, "model.drop_path_rate=0", "debug.max_steps_per_epoch=2", "debug.max_val_batches=1"]
+    for name, most in (("whole", 64), ("parts", 16)):
+        assert main([*words, f"folder={tmp_path}", f"name={name}", f"trainer.max_batch_per_device={most}"]) == 0
+    whole, parts = (read_rows(tmp_path / name / "metrics.csv") for name in ("whole", "parts"))
+    assert [row["step"] for row in whole] == [row["step"] for row in parts]
+    assert float(parts[0]["train/loss"]) == pytest.approx(float(whole[0]["train/loss"]), rel=0.1)
+    assert [row["lr"] for row in whole] == [row["lr"] for row in parts]
+
+
+@pytest.mark.parametrize("option", ["trainer.precision=bf16-mixed", "trainer.grad_checkpointing=true"])
+def test_other_ways_of_computing_stay_near_the_plain_losses(option: str, unbroken: Path, tmp_path: Path) -> None:
+    words = [*DIGITS, "debug.max_steps_per_epoch=5", "debug.max_val_batches=1", "schedule.epochs=2"]
+    for name, extra in (("plain", []), ("other", [option])):
+        assert main([*words, *extra, f"folder={tmp_path}", f"name={name}"]) == 0
+    plain, other = (losses(tmp_path / name) for name in ("plain", "other"))
+    assert [float(loss) for loss in other] == pytest.approx([float(loss) for loss in plain], rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_stays_near_the_plain_losses(tmp_path: Path, digits_cache: Path, cli: Cli) -> None:
+    words = [*DIGITS, "debug.max_steps_per_epoch=3", "debug.max_val_batches=1", f"folder={tmp_path}"]
+    for name, extra in (("plain", []), ("compiled", ["trainer.compile=true"])):
+        done = cli(*words, *extra, f"name={name}")
+        assert done.returncode == 0, done.stderr
+    plain, compiled = (losses(tmp_path / name) for name in ("plain", "compiled"))
+    assert [float(loss) for loss in compiled] == pytest.approx([float(loss) for loss in plain], rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_demo_reaches_98_percent(tmp_path: Path, digits_cache: Path) -> None:
+    assert main(["experiment=digits", f"folder={tmp_path}"]) == 0
+    rows = read_rows(tmp_path / "digits_demo" / "metrics.csv")
+    assert float(rows[-1]["val/top1"]) >= 98
+
+
+def test_a_tiny_model_learns_32_images_by_heart(tmp_path: Path, digits_cache: Path) -> None:
+    words = ["experiment=digits", "debug=overfit", f"folder={tmp_path}", "data.num_workers=1"]
+    assert main(words) == 0
+    last = read_rows(tmp_path / "overfit" / "metrics.csv")[-1]
+    assert float(last["val/top1"]) == 100
+    assert last["val/count"] == "32"
