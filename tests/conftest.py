@@ -17,6 +17,18 @@ from jaxtyping import install_import_hook
 MATHEMATICS = ["model", "loss", "augment.device", "augment.mix", "metric.topk"]
 install_import_hook([f"fat_train.{part}" for part in MATHEMATICS], "beartype.beartype")
 
+TINY = [
+    "model=fat_nano",
+    "data=synthetic",
+    "data.image_px=32",
+    "data.eval_resize_px=32",
+    "data.num_images=32",
+    "data.num_val_images=16",
+    "data.num_classes=4",
+    "augment=none",
+    "trainer.global_batch=8",
+    "schedule.warmup_epochs=0",
+]
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -45,6 +57,12 @@ def imagenet_samples(shared_dir: Path) -> Path:
     if not folder.is_dir():
         pytest.skip("the folder of ImageNet samples is not there")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny() -> list[str]:
+    """Words of a run that takes a second: four updates an epoch, no disk but its folder."""
+    return TINY
 
 
 @pytest.fixture(scope="session")

@@ -78,6 +78,22 @@ def test_a_killed_run_resumes_to_the_unbroken_runs_weights_and_rows(unbroken: Pa
     assert "digits_demo is finished" in again.stdout
 
 
+def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path, digits_cache: Path) -> None:
+    """Ctrl-C: one line, and the exit status that shells expect."""
+    command = [sys.executable, "-m", "fat_train", *DIGITS, "schedule.epochs=200", f"folder={tmp_path}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as started:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "digits_demo" / "checkpoints" / "last.ckpt").exists():
+            assert started.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        started.send_signal(signal.SIGINT)
+        said, _ = started.communicate(timeout=100)
+    assert started.returncode == 130
+    assert f"the same command goes on from {tmp_path / 'digits_demo' / 'checkpoints' / 'last.ckpt'}" in said
+    assert "Traceback" not in said
+
+
 def test_a_checkpoint_says_where_it_came_from(unbroken: Path) -> None:
     about = read_checkpoint(unbroken / "checkpoints" / "last.ckpt")["fat_train"]
     assert about["model"] == "fat_nano"

@@ -11,28 +11,13 @@ from fat_train.__main__ import main
 from fat_train.checkpoint.weights import read_state_dict
 from fat_train.metric.record import read_rows
 
-WORDS = [
-    "model=fat_nano",
-    "data=synthetic",
-    "data.image_px=32",
-    "data.eval_resize_px=32",
-    "data.num_images=32",
-    "data.num_val_images=16",
-    "data.num_classes=4",
-    "augment=none",
-    "trainer.global_batch=8",
-    "schedule.warmup_epochs=0",
-    "optim.base_lr=1e-3",
-    "optim.lr_per_images=8",
-    "callback.ema.decay=0.5",
-    "name=ema",
-]
+WORDS = ["optim.base_lr=1e-3", "optim.lr_per_images=8", "callback.ema.decay=0.5", "name=ema"]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    assert main([*WORDS, f"folder={folder}", "schedule.epochs=2"]) == 0
+    assert main([*tiny, *WORDS, f"folder={folder}", "schedule.epochs=2"]) == 0
     return folder / "ema"
 
 
@@ -48,9 +33,10 @@ def test_both_kinds_of_weights_are_kept_and_differ(run: Path) -> None:
     assert not torch.equal(raw["head.weight"], ema["head.weight"])
 
 
-def test_the_average_follows_its_formula(tmp_path: Path) -> None:
+def test_the_average_follows_its_formula(tmp_path: Path, tiny: list[str]) -> None:
     """ema_k = 0.5 ema_(k-1) + 0.5 w_k: with one update an epoch, each epoch's checkpoint holds one step of it."""
     words = [
+        *tiny,
         *WORDS,
         f"folder={tmp_path}",
         "data.num_images=8",
@@ -66,9 +52,9 @@ def test_the_average_follows_its_formula(tmp_path: Path) -> None:
         before = after
 
 
-def test_a_resumed_average_goes_on_where_it_was(run: Path, tmp_path: Path) -> None:
+def test_a_resumed_average_goes_on_where_it_was(tmp_path: Path, tiny: list[str]) -> None:
     """Two epochs and then a third give what three epochs give; the schedule's length is fixed by three epochs here."""
-    whole = [*WORDS, f"folder={tmp_path}", "schedule.epochs=3", "callback.checkpoint.every_n_epochs=1"]
+    whole = [*tiny, *WORDS, f"folder={tmp_path}", "schedule.epochs=3", "callback.checkpoint.every_n_epochs=1"]
     assert main(whole) == 0
     unbroken = read_state_dict(tmp_path / "ema" / "checkpoints" / "last.ckpt", "ema")
     checkpoints = tmp_path / "ema" / "checkpoints"

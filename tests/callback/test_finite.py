@@ -12,25 +12,11 @@ from fat_train.__main__ import main
 from fat_train.callback.finite import gradient_norms
 from fat_train.checkpoint.weights import read_state_dict
 
-WORDS = [
-    "model=fat_nano",
-    "data=synthetic",
-    "data.image_px=32",
-    "data.eval_resize_px=32",
-    "data.num_images=32",
-    "data.num_val_images=8",
-    "data.num_classes=4",
-    "augment=none",
-    "trainer.global_batch=8",
-    "schedule.warmup_epochs=0",
-    "name=blown",
-]
-
 
 def test_an_exploding_run_stops_with_step_rate_norms_and_the_last_good_checkpoint(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*WORDS, f"folder={tmp_path}", "schedule.epochs=3"]
+    words = [*tiny, f"folder={tmp_path}", "name=blown", "schedule.epochs=3"]
     assert main([*words, "optim.base_lr=1e-3", "optim.lr_per_images=8", "schedule.epochs=1"]) == 0
     good = read_state_dict(tmp_path / "blown" / "checkpoints" / "last.ckpt")
     capsys.readouterr()
@@ -47,8 +33,10 @@ def test_an_exploding_run_stops_with_step_rate_norms_and_the_last_good_checkpoin
     assert all(torch.equal(good[name], kept[name]) for name in good)
 
 
-def test_without_a_checkpoint_the_message_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*WORDS, f"folder={tmp_path}", "schedule.epochs=2", "optim.base_lr=1e30"]) == 2
+def test_without_a_checkpoint_the_message_says_so(
+    tmp_path: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*tiny, f"folder={tmp_path}", "schedule.epochs=2", "optim.base_lr=1e30"]) == 2
     assert "No checkpoint was written yet" in capsys.readouterr().err
 
 

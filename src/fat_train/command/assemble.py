@@ -13,6 +13,8 @@ from fat_train.config.run import Problems, RunConfig, resolve_run
 from fat_train.data.datamodule import DataSource, choose_backend, open_data
 from fat_train.data.index import FileIndex
 from fat_train.task.classification import Classification
+from fat_train.trainer.loaders import RunLoaders
+from fat_train.trainer.module import TrainingModule
 from fat_train.trainer.plan import RunPlan, plan_run
 
 if TYPE_CHECKING:
@@ -71,6 +73,24 @@ def build_task(config: RunConfig, num_classes: int) -> Classification:
     if config.trainer.compile:
         model.compile()
     return config.task.build(model, config.loss.build(), config.augment, config.data.mean, config.data.std)
+
+
+def build_training(
+    config: RunConfig, source: DataSource, plan: RunPlan, provenance: dict[str, Any]
+) -> tuple[TrainingModule, RunLoaders]:
+    """What `Trainer.fit` wants: the task with its optimiser and schedule, and the loaders at the run's place."""
+    module = TrainingModule(
+        build_task(config, source.num_classes),
+        config.optim,
+        config.schedule,
+        plan,
+        seed=config.run.seed,
+        provenance=provenance,
+    )
+    loaders = RunLoaders(
+        config.data, source, config.augment, plan=plan, batch_per_device=plan.batch_per_device, seed=config.run.seed
+    )
+    return module, loaders
 
 
 def device_of(config: RunConfig) -> torch.device:

@@ -14,15 +14,13 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from fat_train.checkpoint.io import write_atomically
-from fat_train.command.assemble import build_task, open_run, plan_of, split_settings
+from fat_train.command.assemble import build_training, open_run, plan_of, split_settings
 from fat_train.command.say import say
 from fat_train.config.run import RunConfig, plain
 from fat_train.data.datamodule import DataSource, SyntheticDataConfig
 from fat_train.report.dataset import DatasetReport, scan_dataset
 from fat_train.report.machine import estimate, machine_facts, machine_table
 from fat_train.trainer.build import available_cores, build_trainer
-from fat_train.trainer.loaders import RunLoaders
-from fat_train.trainer.module import TrainingModule
 from fat_train.trainer.plan import RunPlan
 from fat_train.types import Batch, UserError
 
@@ -114,17 +112,7 @@ def images_per_second(config: RunConfig, source: DataSource, plan: RunPlan, seco
         UserError: the set is too small to settle and be timed (two batches at least are needed).
     """
     pace = Pace(seconds, plan.batch_per_device * plan.world_size)
-    module = TrainingModule(
-        build_task(config, source.num_classes),
-        config.optim,
-        config.schedule,
-        plan,
-        seed=config.run.seed,
-        provenance={},
-    )
-    loaders = RunLoaders(
-        config.data, source, config.augment, plan=plan, batch_per_device=plan.batch_per_device, seed=config.run.seed
-    )
+    module, loaders = build_training(config, source, plan, provenance={})
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(
             config.trainer,

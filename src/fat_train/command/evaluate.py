@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning import LightningModule
-from torchmetrics import MeanMetric
 
 from fat_train.checkpoint.weights import apply_state_dict, read_checkpoint, read_state_dict
 from fat_train.command.assemble import build_task
@@ -17,10 +15,10 @@ from fat_train.command.say import say
 from fat_train.config.resolve import refuse_unknown, resolve
 from fat_train.config.run import GROUPS, Problems, RunConfig, plain, resolve_run
 from fat_train.data.datamodule import DataSource, open_data
-from fat_train.task.classification import Classification
 from fat_train.trainer.build import build_trainer
 from fat_train.trainer.loaders import RunLoaders
-from fat_train.types import Batch, MissingPathError, UserError, one_of
+from fat_train.trainer.module import ValidationModule
+from fat_train.types import MissingPathError, UserError, one_of
 
 WEIGHTS = ("raw", "ema", "both")
 
@@ -40,31 +38,6 @@ class EvaluateSettings:
         one_of("weights", self.weights, WEIGHTS)
         if self.batch_size < 1:
             raise UserError(f"batch_size must be at least 1; got {self.batch_size}")
-
-
-class EvaluationModule(LightningModule):
-    """Validation alone: counts, no optimiser."""
-
-    allow_zero_length_dataloader_with_multiple_devices = True
-
-    def __init__(self, task: Classification) -> None:
-        super().__init__()
-        self.task = task
-        self.model = task.model
-        self.metric = task.new_metric()
-        self.loss = MeanMetric()
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count one batch."""
-        del batch_idx
-        out = self.task.eval_step(batch)
-        self.metric.update(out.logits, out.targets)
-        self.loss.update(out.loss, weight=len(out.targets))
-
-    def on_validation_epoch_end(self) -> None:
-        """Sum over the ranks."""
-        self.log_dict({f"val/{name}": value.float() for name, value in self.metric.compute().items()})
-        self.log("val/loss", self.loss.compute())
 
 
 def run(tree: DictConfig) -> list[dict[str, Any]]:
@@ -136,7 +109,7 @@ def _evaluate(kind: str, checkpoint: Path, config: RunConfig, source: DataSource
         config.data, source, config.augment, plan=None, batch_per_device=batch_size, seed=config.run.seed
     )
     with torch.inference_mode():
-        (result,) = trainer.validate(EvaluationModule(task), datamodule=loaders, verbose=False)
+        (result,) = trainer.validate(ValidationModule(task), datamodule=loaders, verbose=False)
     count = round(result["val/count"])
     say(
         f"{kind:<15}top-1 {result['val/top1']:.3f} %   top-5 {result['val/top5']:.3f} %   "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from pathlib import Path
 
 
 def rank() -> int:
@@ -23,6 +25,16 @@ def say(text: str) -> None:
     """Print from rank 0."""
     if is_rank_zero():
         print(text, flush=True)
+
+
+def this_python() -> str:
+    """The word that starts this very Python where the user stands: "python", ".venv/bin/python", or a full path."""
+    own = Path(sys.executable)
+    for word in ("python", "python3"):
+        found = shutil.which(word)
+        if found and Path(found).absolute() == own.absolute():
+            return word
+    return str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else str(own)
 
 
 def complain(text: str) -> None:

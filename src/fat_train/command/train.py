@@ -11,14 +11,12 @@ from omegaconf import DictConfig
 from fat_train.checkpoint.provenance import provenance
 from fat_train.checkpoint.run_folder import RunFolder
 from fat_train.checkpoint.weights import read_checkpoint
-from fat_train.command.assemble import build_task, device_of, open_run, plan_of
-from fat_train.command.say import is_rank_zero, say
+from fat_train.command.assemble import build_training, device_of, open_run, plan_of
+from fat_train.command.say import is_rank_zero, say, this_python
 from fat_train.config.run import RunConfig, plain
 from fat_train.data.datamodule import DataSource, SyntheticDataConfig, choose_backend
 from fat_train.report.table import write_report
 from fat_train.trainer.build import build_trainer
-from fat_train.trainer.loaders import RunLoaders
-from fat_train.trainer.module import TrainingModule
 from fat_train.trainer.plan import RunPlan
 from fat_train.types import UserError
 
@@ -44,17 +42,7 @@ def run(tree: DictConfig) -> None:
         folder.write_config(values)
 
     pl.seed_everything(config.run.seed, verbose=False)
-    module = TrainingModule(
-        build_task(config, source.num_classes),
-        config.optim,
-        config.schedule,
-        plan,
-        seed=config.run.seed,
-        provenance=_provenance(values, config, source, plan),
-    )
-    loaders = RunLoaders(
-        config.data, source, config.augment, plan=plan, batch_per_device=plan.batch_per_device, seed=config.run.seed
-    )
+    module, loaders = build_training(config, source, plan, _provenance(values, config, source, plan))
     trainer = build_trainer(
         config.trainer,
         folder=folder.root,
@@ -75,7 +63,12 @@ def run(tree: DictConfig) -> None:
         max_val_batches=config.debug.max_val_batches or None,
         profile=config.debug.profile,
     )
-    trainer.fit(module, datamodule=loaders, ckpt_path=start, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=loaders, ckpt_path=start, weights_only=True)
+    except SystemExit as stop:  # Lightning's answer to Ctrl-C
+        kept = f"goes on from {folder.last}" if folder.last.exists() else "starts again: no epoch was finished yet"
+        say(f"interrupted    the same command {kept}")
+        raise KeyboardInterrupt from stop
     if is_rank_zero():
         written = write_report(folder.root)
         say(_farewell(folder, written))
@@ -143,7 +136,7 @@ def _announce(
 def _finished(config: RunConfig, start: Path) -> str:
     return (
         f"{config.name} is finished: {start} holds all {config.schedule.epochs} epochs.\n"
-        f"Evaluate it:    python -m fat_train evaluate checkpoint={start}\n"
+        f"Evaluate it:    {this_python()} -m fat_train evaluate checkpoint={start}\n"
         "Train longer:   give a larger schedule.epochs\n"
         "Start again:    resume=never overwrite=true, or another name=<name>"
     )
@@ -154,4 +147,4 @@ def _farewell(folder: RunFolder, report: tuple[Path, ...]) -> str:
     checkpoint = best[-1] if best else folder.last
     lines = [f"checkpoint     {checkpoint}", f"metrics        {folder.metrics}"]
     lines += [f"report         {path}" for path in report]
-    return "\n".join([*lines, f"next           python -m fat_train evaluate checkpoint={checkpoint}"])
+    return "\n".join([*lines, f"next           {this_python()} -m fat_train evaluate checkpoint={checkpoint}"])

@@ -17,7 +17,39 @@ from fat_train.trainer.plan import RunPlan
 from fat_train.types import Batch
 
 
-class TrainingModule(LightningModule):
+class ValidationModule(LightningModule):
+    """A task's model, and the counting of validation images: all that evaluating needs.
+
+    Args:
+        task: model and loss.
+    """
+
+    # A rank may have no validation image at all: it still takes part in the sum.
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.task = task
+        self.model = task.model
+        self.val_metric = task.new_metric()
+        self.val_loss = MeanMetric()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count one batch."""
+        del batch_idx
+        out = self.task.eval_step(batch)
+        self.val_metric.update(out.logits, out.targets)
+        self.val_loss.update(out.loss, weight=len(out.targets))
+
+    def on_validation_epoch_end(self) -> None:
+        """Sum the counts over the ranks; every rank logs the same numbers."""
+        values = {f"val/{name}": value.float() for name, value in self.val_metric.compute().items()}
+        self.log_dict(values | {"val/loss": self.val_loss.compute()})
+        self.val_metric.reset()
+        self.val_loss.reset()
+
+
+class TrainingModule(ValidationModule):
     """What happens in one update, in order: seed the step, task's loss, (clipped) optimiser step, next rate.
 
     Args:
@@ -29,9 +61,6 @@ class TrainingModule(LightningModule):
         provenance: plain values that travel in each checkpoint (configuration, versions, data fingerprint).
     """
 
-    # A rank may have no validation image at all: it still takes part in the sum.
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(
         self,
         task: Task,
@@ -42,16 +71,12 @@ class TrainingModule(LightningModule):
         seed: int,
         provenance: dict[str, Any],
     ) -> None:
-        super().__init__()
-        self.task = task
-        self.model = task.model
+        super().__init__(task)
         self.optim_config = optim
         self.schedule_config = schedule
         self.plan = plan
         self.seed = seed
         self.provenance = provenance
-        self.val_metric = task.new_metric()
-        self.val_loss = MeanMetric()
         self._optimizer_settings: list[dict[str, Any]] = []
 
     def configure_optimizers(self) -> Any:
@@ -101,20 +126,6 @@ class TrainingModule(LightningModule):
         out = self.task.train_step(batch, self.step_key(batch_idx))
         self.log("train/loss", out.loss.detach())
         return out.loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count one batch."""
-        del batch_idx
-        out = self.task.eval_step(batch)
-        self.val_metric.update(out.logits, out.targets)
-        self.val_loss.update(out.loss, weight=len(out.targets))
-
-    def on_validation_epoch_end(self) -> None:
-        """Sum the counts over the ranks; every rank logs the same numbers."""
-        values = {f"val/{name}": value.float() for name, value in self.val_metric.compute().items()}
-        self.log_dict(values | {"val/loss": self.val_loss.compute()})
-        self.val_metric.reset()
-        self.val_loss.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put beside the weights what tells where they came from."""
