@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(READY) ## train a FAT on scanned digits, for real: about 2 minutes on two cores
+demo: $(READY) ## train a FAT on scanned digits, for real: about a minute on two cores
 	$(BIN)/python -m fat_train experiment=digits resume=never overwrite=true
 
 test: $(READY) ## all quick tests (under 10 minutes on two cores)

@@ -123,7 +123,7 @@ def test_two_processes_count_every_validation_image_once_as_one_process_does(
 ) -> None:
     """Trained by two processes, evaluated by one and by two: the same integers."""
     words = [*DIGITS, f"folder={tmp_path}", "trainer.accelerator=cpu", "debug.max_steps_per_epoch=3"]
-    trained = cli(*words, "trainer.devices=2")
+    trained = cli(*words, "trainer.devices=2", "resume=never")
     assert trained.returncode == 0, trained.stderr
     assert "64 = 32 images x 2 devices" in trained.stdout
     assert "statistics are of each process (CPU)" in trained.stdout

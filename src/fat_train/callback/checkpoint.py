@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pytorch_lightning.callbacks import ModelCheckpoint
 
@@ -64,6 +65,10 @@ class Checkpoints(ModelCheckpoint):
             enable_version_counter=False,
         )
         self._pattern = pattern
+
+    def format_checkpoint_name(self, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> str:
+        """Lightning's file name, with epochs counted from 1 as on the screen and in the report."""
+        return super().format_checkpoint_name({**metrics, "epoch": metrics["epoch"] + 1}, *args, **kwargs)
 
     @property
     def state_key(self) -> str:

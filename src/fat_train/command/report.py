@@ -32,6 +32,6 @@ def run(tree: DictConfig) -> tuple[Path, Path]:
     folder = Path(settings.run)
     written = write_report(folder)
     say(epoch_table(read_metrics(folder)))
-    for path in written:
-        say(f"report         {path}")
+    for label, path in zip(("curves", "table"), written, strict=True):
+        say(f"{label:<15}{path}")
     return written

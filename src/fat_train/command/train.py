@@ -31,7 +31,8 @@ def run(tree: DictConfig) -> None:
     config, source = open_run(values)
     plan = plan_of(config, source)
     folder = RunFolder(Path(config.run.folder) / config.name)
-    start = folder.starting_point(config.run.resume, config.run.overwrite)
+    # Other ranks may look when rank 0 has begun to write: what is there is then this run's own.
+    start = folder.starting_point(config.run.resume, config.run.overwrite or not is_rank_zero())
     if start is not None and _finished_updates(start, config, source, plan) >= plan.total_steps:
         say(_finished(config, start))
         return
@@ -70,8 +71,7 @@ def run(tree: DictConfig) -> None:
         say(f"interrupted    the same command {kept}")
         raise KeyboardInterrupt from stop
     if is_rank_zero():
-        written = write_report(folder.root)
-        say(_farewell(folder, written))
+        say(_farewell(folder, *write_report(folder.root)))
 
 
 def _finished_updates(start: Path, config: RunConfig, source: DataSource, plan: RunPlan) -> int:
@@ -142,9 +142,13 @@ def _finished(config: RunConfig, start: Path) -> str:
     )
 
 
-def _farewell(folder: RunFolder, report: tuple[Path, ...]) -> str:
+def _farewell(folder: RunFolder, curves: Path, table: Path) -> str:
     best = sorted(folder.checkpoints.glob("best-*.ckpt"), key=lambda file: file.stem.rpartition("-")[2])
     checkpoint = best[-1] if best else folder.last
-    lines = [f"checkpoint     {checkpoint}", f"metrics        {folder.metrics}"]
-    lines += [f"report         {path}" for path in report]
-    return "\n".join([*lines, f"next           {this_python()} -m fat_train evaluate checkpoint={checkpoint}"])
+    return (
+        f"checkpoint     {checkpoint}\n"
+        f"metrics        {folder.metrics}\n"
+        f"curves         {curves}\n"
+        f"table          {table}\n"
+        f"next           {this_python()} -m fat_train evaluate checkpoint={checkpoint}"
+    )
