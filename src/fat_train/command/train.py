@@ -30,7 +30,7 @@ def run(tree: DictConfig) -> None:
     values = plain(tree)
     config, source = open_run(values)
     plan = plan_of(config, source)
-    folder = RunFolder(Path(config.run.folder) / config.name)
+    folder = RunFolder(Path(config.run.folder).expanduser() / config.name)
     # Other ranks may look when rank 0 has begun to write: what is there is then this run's own.
     start = folder.starting_point(config.run.resume, config.run.overwrite or not is_rank_zero())
     if start is not None and _finished_updates(start, config, source, plan) >= plan.total_steps:
