@@ -14,6 +14,8 @@ MESSAGES = (
     r"The number of training batches .* is smaller than the logging interval.*",
     # Our loaders have their own threads and processes, which this advice does not know of.
     r"The '.*_dataloader' does not have many workers.*",
+    # On a login node, or inside one's own allocation, a run without srun is what was asked for.
+    r"The `srun` command is available on your system but is not used.*",
     # torchmetrics has summed the counts over the ranks before they are logged.
     r"It is recommended to use `self.log\(.*sync_dist=True\)`.*",
 )
