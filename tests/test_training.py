@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fat_train.__main__ import main
-from fat_train.checkpoint.weights import read_checkpoint, read_state_dict
+from fat_train.checkpoint.weights import read_checkpoint
 from fat_train.metric.record import read_rows
 
 GOLDEN = Path(__file__).parent / "golden" / "digits_loss.txt"
@@ -69,9 +69,17 @@ def test_a_killed_run_resumes_to_the_unbroken_runs_weights_and_rows(unbroken: Pa
     resumed = cli(*words)
     assert resumed.returncode == 0, resumed.stderr
     assert f"resuming       from {run / 'checkpoints' / 'last.ckpt'}" in resumed.stdout
-    assert losses(run) == losses(unbroken)
-    ours, theirs = (read_state_dict(folder / "checkpoints" / "last.ckpt") for folder in (run, unbroken))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for ours_row, theirs_row in zip(*(read_rows(folder / "metrics.csv") for folder in (run, unbroken)), strict=True):
+        timings = {"images_per_s": "", "epoch_s": ""}
+        assert ours_row | timings == theirs_row | timings
+    ours, theirs = (read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (run, unbroken))
+    assert all(torch.equal(ours["state_dict"][name], theirs["state_dict"][name]) for name in theirs["state_dict"])
+    (our_moments,), (their_moments,) = ours["optimizer_states"], theirs["optimizer_states"]
+    for number, moments in their_moments["state"].items():
+        assert all(torch.equal(our_moments["state"][number][name], moments[name]) for name in moments)
+    assert [file.name for file in sorted((run / "checkpoints").iterdir())] == [
+        file.name for file in sorted((unbroken / "checkpoints").iterdir())
+    ]
 
     again = cli(*words)
     assert again.returncode == 0
@@ -99,7 +107,7 @@ def test_a_checkpoint_says_where_it_came_from(unbroken: Path) -> None:
     assert about["model"] == "fat_nano"
     assert about["classes"] == [str(digit) for digit in range(10)]
     assert about["config"]["schedule"]["epochs"] == 2
-    assert about["versions"]["torch"] == torch.__version__.partition("+")[0] or about["versions"]["torch"]
+    assert about["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
     assert set(about["data"]) == {"train", "val"}
 
 
@@ -110,11 +118,11 @@ def test_a_longer_schedule_takes_effect_on_resume_and_is_shown(unbroken: Path, t
     assert longer.returncode == 0, longer.stderr
     assert "changed      schedule.epochs: 2 -> 3" in longer.stdout
     assert "changed      optim.weight_decay: 0.05 -> 0.1" in longer.stdout
-    rows = read_rows(tmp_path / "digits_demo" / "metrics.csv")
+    rows = read_rows(tmp_path / "debug" / "digits_demo" / "metrics.csv")
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9]
     rates = [float(row["lr"]) for row in rows]
     assert rates[8] > rates[6], "the longer cosine stands higher than the end of the shorter one"
-    saved = read_checkpoint(tmp_path / "digits_demo" / "checkpoints" / "last.ckpt")
+    saved = read_checkpoint(tmp_path / "debug" / "digits_demo" / "checkpoints" / "last.ckpt")
     assert {group["weight_decay"] for group in saved["optimizer_states"][0]["param_groups"]} == {0.0, 0.1}
 
 
@@ -127,8 +135,8 @@ def test_two_processes_count_every_validation_image_once_as_one_process_does(
     assert trained.returncode == 0, trained.stderr
     assert "64 = 32 images x 2 devices" in trained.stdout
     assert "statistics are of each process (CPU)" in trained.stdout
-    checkpoint = tmp_path / "digits_demo" / "checkpoints" / "last.ckpt"
-    last = read_rows(tmp_path / "digits_demo" / "metrics.csv")[-1]
+    checkpoint = tmp_path / "debug" / "digits_demo" / "checkpoints" / "last.ckpt"
+    last = read_rows(tmp_path / "debug" / "digits_demo" / "metrics.csv")[-1]
     results = [
         next(
             line
@@ -143,23 +151,12 @@ def test_two_processes_count_every_validation_image_once_as_one_process_does(
     assert last["val/count"] == "355"
 
 
-def test_accumulated_micro_batches_take_the_same_updates_as_one_batch(tmp_path: Path, digits_cache: Path) -> None:
-    """Without BatchNorm's batch statistics in the way (their batches differ) only rounding remains: the first loss."""
-    words = [*DIGITS, "model.drop_path_rate=0", "debug.max_steps_per_epoch=2", "debug.max_val_batches=1"]
-    for name, most in (("whole", 64), ("parts", 16)):
-        assert main([*words, f"folder={tmp_path}", f"name={name}", f"trainer.max_batch_per_device={most}"]) == 0
-    whole, parts = (read_rows(tmp_path / name / "metrics.csv") for name in ("whole", "parts"))
-    assert [row["step"] for row in whole] == [row["step"] for row in parts]
-    assert float(parts[0]["train/loss"]) == pytest.approx(float(whole[0]["train/loss"]), rel=0.1)
-    assert [row["lr"] for row in whole] == [row["lr"] for row in parts]
-
-
 @pytest.mark.parametrize("option", ["trainer.precision=bf16-mixed", "trainer.grad_checkpointing=true"])
 def test_other_ways_of_computing_stay_near_the_plain_losses(option: str, unbroken: Path, tmp_path: Path) -> None:
     words = [*DIGITS, "debug.max_steps_per_epoch=5", "debug.max_val_batches=1", "schedule.epochs=2"]
     for name, extra in (("plain", []), ("other", [option])):
         assert main([*words, *extra, f"folder={tmp_path}", f"name={name}"]) == 0
-    plain, other = (losses(tmp_path / name) for name in ("plain", "other"))
+    plain, other = (losses(tmp_path / "debug" / name) for name in ("plain", "other"))
     assert [float(loss) for loss in other] == pytest.approx([float(loss) for loss in plain], rel=0.05)
 
 
@@ -169,7 +166,7 @@ def test_a_compiled_model_stays_near_the_plain_losses(tmp_path: Path, digits_cac
     for name, extra in (("plain", []), ("compiled", ["trainer.compile=true"])):
         done = cli(*words, *extra, f"name={name}")
         assert done.returncode == 0, done.stderr
-    plain, compiled = (losses(tmp_path / name) for name in ("plain", "compiled"))
+    plain, compiled = (losses(tmp_path / "debug" / name) for name in ("plain", "compiled"))
     assert [float(loss) for loss in compiled] == pytest.approx([float(loss) for loss in plain], rel=0.05)
 
 
@@ -183,6 +180,6 @@ def test_the_demo_reaches_98_percent(tmp_path: Path, digits_cache: Path) -> None
 def test_a_tiny_model_learns_32_images_by_heart(tmp_path: Path, digits_cache: Path) -> None:
     words = ["experiment=digits", "debug=overfit", f"folder={tmp_path}", "data.num_workers=1"]
     assert main(words) == 0
-    last = read_rows(tmp_path / "overfit" / "metrics.csv")[-1]
+    last = read_rows(tmp_path / "debug" / "overfit" / "metrics.csv")[-1]
     assert float(last["val/top1"]) == 100
     assert last["val/count"] == "32"

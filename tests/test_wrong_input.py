@@ -69,6 +69,16 @@ def test_the_stack_trace_is_there_for_who_asks(cli: Cli, monkeypatch: pytest.Mon
         (["data.root=/nowhere"], "data.root=/nowhere"),
         (["--config-dir", "nowhere"], "--config-dir nowhere is not a folder"),
         (["--config-dir"], "--config-dir wants a folder after it"),
+        (["--hlep"], "unknown option --hlep; did you mean --help?"),
+        (["model=null"], "model=null: no such choice"),
+        (["experiment=digits", "optim.base_lr=inf"], "optim.base_lr must be finite"),
+        (["experiment=digits", "seed=4294967296"], "seed must be in [0, 2**32)"),
+        (["preview", "experiment=digits", "out=x.foo"], "out=x.foo must be a file that ends in .png"),
+        (["data.root=/tmp/no such, folder=über~"], "data.root=/tmp/no such, folder=über~ is not there"),
+        (
+            ["data=synthetic", "data.num_val_images=1", "trainer.accelerator=cpu", "trainer.devices=2"],
+            "fewer than the 2",
+        ),
     ],
 )
 def test_a_wrong_word_is_one_message(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ COMMANDS = {
     "check": "look before a long run: data set, machine, configuration, hours it will take",
     "report": "curves and a table of a run",
 }
+OPTIONS = ("--help", "--cfg", "--config-dir")
 TRACEBACK = "FAT_TRAIN_TRACEBACK"
 
 HELP = """usage: python -m fat_train [command] [group=choice] [key=value] ...
@@ -60,7 +61,11 @@ def _run(words: list[str]) -> int:
     show = "--cfg" in words
     if show:
         words.remove("--cfg")
-    tree = compose(command, words, extra_dir=_take_config_dir(words))
+    extra_dir = _take_config_dir(words)
+    for word in words:
+        if word.startswith("-"):
+            raise UserError(f"unknown option {word}{nearest(word, OPTIONS)} (allowed: {', '.join(OPTIONS)})")
+    tree = compose(command, words, extra_dir=extra_dir)
     if show:
         print(OmegaConf.to_yaml(tree, resolve=True), end="")
         return 0

@@ -40,6 +40,16 @@ def test_without_a_checkpoint_the_message_says_so(
     assert "No checkpoint was written yet" in capsys.readouterr().err
 
 
+def test_an_epoch_whose_last_update_spoilt_the_weights_writes_no_checkpoint(
+    tmp_path: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One update an epoch: its loss was fine, and the weights after it are not."""
+    words = [*tiny, f"folder={tmp_path}", "name=late", "data.num_images=8", "optim.base_lr=1e30"]
+    assert main([*words, "schedule.epochs=1", "optim.clip_grad_norm=0"]) == 2
+    assert "no longer finite after update 1" in capsys.readouterr().err
+    assert not (tmp_path / "late" / "checkpoints").exists()
+
+
 def test_gradient_norms_are_grouped_by_layer() -> None:
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), "head": nn.Linear(2, 1)})
     for parameter in model.parameters():

@@ -30,6 +30,19 @@ def test_an_existing_run_is_gone_on_with(used: RunFolder) -> None:
     assert used.starting_point("auto", overwrite=False) == used.last
 
 
+def test_a_run_whose_last_checkpoint_is_gone_is_not_deleted_by_resuming(used: RunFolder) -> None:
+    used.last.rename(used.checkpoints / "best-001-50.00.ckpt")
+    with pytest.raises(UserError, match=r"last\.ckpt is not there, but best-001-50\.00\.ckpt is"):
+        used.starting_point("auto", overwrite=False)
+    assert used.starting_point("never", overwrite=True) is None
+
+
+def test_halves_of_files_whose_writer_was_killed_are_swept_away(used: RunFolder) -> None:
+    (used.checkpoints / ".last.ckpt.77.part").touch()
+    used.sweep()
+    assert [file.name for file in used.checkpoints.iterdir()] == ["last.ckpt"]
+
+
 def test_starting_afresh_over_a_run_wants_to_be_told_twice(used: RunFolder) -> None:
     with pytest.raises(UserError, match="Add overwrite=true to delete it, or give another name="):
         used.starting_point("never", overwrite=False)

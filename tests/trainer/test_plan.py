@@ -43,13 +43,19 @@ def test_imagenets_300_epochs_are_375300_updates_at_the_papers_rates() -> None:
 def test_each_derived_number_is_printed_with_its_formula() -> None:
     lines = "\n".join(plan(devices=8).lines())
     assert "1024 = 128 images x 8 devices x 1 accumulated" in lines
-    assert "375300 = 300 epochs x 1251" in lines
+    assert "375300 = 300 epochs x 1251 (1281167 images // 1024, the rest waits" in lines
+    assert "1.000e-06 -> 1.000e-03 in 25020 updates -> 1.000e-05 (0.0005 x 1024 / 512, the others alike)" in lines
+    short = plan_run(TrainerConfig(), AdamWConfig(), CosineConfig(), train_images=IMAGENET, max_steps_per_epoch=3)
+    assert "900 = 300 epochs x 3 (1281167 images // 1024, cut short by debug.max_steps_per_epoch)" in "\n".join(
+        short.lines()
+    )
 
 
 @pytest.mark.parametrize(
     ("images", "settings", "said"),
     [
         (202, {}, r"trainer\.global_batch=1024 is more than the 202 images .*; give trainer\.global_batch=202 or less"),
+        (IMAGENET, {"global_batch": 1021}, r"micro-batches of 1 images, .* such as 896"),
         (IMAGENET, {"devices": 3}, r"trainer\.global_batch=1024 does not divide over 3 devices .* 1023 and 1026"),
     ],
 )

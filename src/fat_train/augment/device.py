@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -14,9 +15,15 @@ def to_input(images: UInt8[Tensor, "B H W C"], mean: Sequence[float], std: Seque
 
     The result is a view of channels-last memory (a permuted NHWC tensor), which is the layout that the models want.
     """
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
     return torch.addcmul(shift, images.float(), scale).permute(0, 3, 1, 2)  # [B, C, H, W]
+
+
+@lru_cache(maxsize=8)
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Kept on the device: copying them there for every batch would make the host wait for the GPU."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device)
+    return scale, torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
 
 
 def to_pixels(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from timm.utils import ModelEmaV3
 from torchmetrics import Metric
@@ -38,7 +39,7 @@ class EMA(Callback):
         self._seen_update = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Copy the weights before the model is compiled or wrapped."""
+        """Copy the weights before the model is wrapped. The copy of a compiled model is a plain one."""
         if stage == "fit" and self.average is None:
             self.average = ModelEmaV3(pl_module.model, decay=self.decay)
 
@@ -57,6 +58,12 @@ class EMA(Callback):
         if trainer.global_step != self._seen_update:
             self._seen_update = trainer.global_step
             self.average.update(pl_module.model)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take rank 0's BatchNorm statistics on every rank, as DDP does with the raw model's: on CPUs they differ."""
+        if self.average is not None and trainer.world_size > 1:
+            for statistic in self.average.module.buffers():
+                torch.distributed.broadcast(statistic, src=0)
 
     def on_validation_batch_end(
         self,

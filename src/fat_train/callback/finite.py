@@ -21,15 +21,17 @@ class _Pending(NamedTuple):
     update: int
     rate: float
     loss: Tensor
+    bad: Tensor
     arrived: torch.cuda.Event | None
 
 
 class StopOnNonFinite(Callback):
-    """Looks at every loss without making the host wait for a GPU.
+    """Looks at every loss, of all ranks, without making the host wait for a GPU.
 
-    A loss is copied to pinned memory in the background and looked at after the next backward pass, when it has long
-    arrived; on the CPU it is looked at at once, before its update is made. The checkpoints that the message names are
-    written at epochs' ends, after a look at the last loss: they are never younger than the fault.
+    On the CPU a loss is looked at after its own backward pass, before the update. On a GPU it is copied to pinned
+    memory in the background and looked at after the next backward pass, when it has long arrived. Before an epoch
+    ends, and so before its checkpoints are written, the last loss, the validation loss and the weights themselves are
+    looked at: a checkpoint never holds what this callback would have stopped. All ranks stop together, rank 0 tells.
 
     Args:
         last_checkpoint: the file that holds the last good weights once the first epoch is over.
@@ -37,39 +39,59 @@ class StopOnNonFinite(Callback):
 
     def __init__(self, last_checkpoint: Path) -> None:
         self.last_checkpoint = last_checkpoint
+        self._sent: _Pending | None = None
         self._pending: _Pending | None = None
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Look at the loss before this one, then send this one on its way."""
-        if self._pending is not None:
-            self._look(pl_module)
+        """Send this loss on its way, with the word whether any rank's is not finite."""
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         loss = loss.detach()
+        bad = (~torch.isfinite(loss)).float()
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+        arrived = None
         if loss.is_cuda:
-            copy = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
+            loss, bad = (_to_pinned(value) for value in (loss, bad))
             arrived = torch.cuda.Event()
             arrived.record()
-            self._pending = _Pending(trainer.global_step, rate, copy, arrived)
-        else:
-            self._pending = _Pending(trainer.global_step, rate, loss, None)
+        self._sent = _Pending(trainer.global_step, rate, loss, bad, arrived)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """On the CPU nothing is in flight: look before the update is made."""
-        if self._pending is not None and self._pending.arrived is None:
-            self._look(pl_module)
+        """Look, while there are gradients to tell about: at this loss on the CPU, at the one before on a GPU."""
+        assert self._sent is not None
+        if self._sent.arrived is None:
+            self._look(self._sent, trainer, pl_module)
+        elif self._pending is not None:
+            self._look(self._pending, trainer, pl_module)
+        self._pending, self._sent = self._sent, None
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """No epoch ends, and no checkpoint is written, over an unseen loss."""
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let no checkpoint be written over a fault: this hook runs before those that save."""
         if self._pending is not None:
-            self._look(pl_module)
+            self._look(self._pending, trainer, pl_module)
+            self._pending = None
+        weights = [value for value in pl_module.state_dict().values() if value.is_floating_point()]
+        spoilt = not all(torch.isfinite(norm) for norm in torch._foreach_norm(weights))
+        val_loss = trainer.callback_metrics.get("val/loss")
+        spoilt = spoilt or (val_loss is not None and not torch.isfinite(val_loss))
+        if trainer.strategy.reduce_boolean_decision(spoilt, all=False):
+            rate = trainer.optimizers[0].param_groups[0]["lr"]
+            what = f"weights or validation loss are no longer finite after update {trainer.global_step}"
+            self._stop(trainer, pl_module, f"{what} (learning rate {rate:.4g})")
 
-    def _look(self, pl_module: LightningModule) -> None:
-        assert self._pending is not None
-        seen, self._pending = self._pending, None
+    def _look(self, seen: _Pending, trainer: Trainer, pl_module: LightningModule) -> None:
         if seen.arrived is not None:
             seen.arrived.synchronize()
-        if torch.isfinite(seen.loss):
+        if not seen.bad:
             return
+        loss = "not finite on another rank" if torch.isfinite(seen.loss) else str(seen.loss.item())
+        self._stop(
+            trainer, pl_module, f"the loss became {loss} at update {seen.update} (learning rate {seen.rate:.4g})"
+        )
+
+    def _stop(self, trainer: Trainer, pl_module: LightningModule, what: str) -> None:
+        if not trainer.is_global_zero:
+            raise NonFiniteLossError("stopped together with rank 0, which says why")
         model = pl_module.model
         assert isinstance(model, nn.Module)
         norms = "\n".join(f"  {group:<14}{norm:.4g}" for group, norm in gradient_norms(model).items())
@@ -79,11 +101,14 @@ class StopOnNonFinite(Callback):
             else "No checkpoint was written yet (the first comes with the end of an epoch)"
         )
         raise NonFiniteLossError(
-            f"the loss became {seen.loss.item()} at update {seen.update} (learning rate {seen.rate:.4g}).\n"
-            f"Gradient norms by layer group:\n{norms}\n{kept}. "
+            f"{what}.\nGradient norms by layer group:\n{norms or '  none are held at this point'}\n{kept}. "
             "Usual ways out: a lower optim.base_lr, a longer schedule.warmup_epochs, "
             "trainer.precision=bf16-mixed in place of 16-mixed, a smaller optim.clip_grad_norm."
         )
+
+
+def _to_pinned(value: Tensor) -> Tensor:
+    return torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:

@@ -29,10 +29,17 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file so that no reader, and no kill, ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(text.encode())
+    """Replace a text file so that no reader, and no kill, ever sees half of it.
+
+    Raises:
+        UserError: the system refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

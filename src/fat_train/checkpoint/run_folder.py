@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from fat_train.checkpoint.io import write_atomically
 from fat_train.types import UserError
@@ -42,11 +43,19 @@ class RunFolder:
         """The checkpoint to go on from, or None for a fresh start.
 
         Raises:
-            UserError: resume=never over an existing run without overwrite=true.
+            UserError: resume=never over an existing run without overwrite=true; or a run whose last.ckpt is gone while
+                others are there, which a fresh start would delete.
         """
-        if resume == "auto":
-            return self.last if self.last.is_file() else None
-        if self.files() and not overwrite:
+        if resume == "auto" and self.last.is_file():
+            return self.last
+        others = sorted(file.name for file in self.checkpoints.glob("*.ckpt"))
+        if resume == "auto" and others and not overwrite:
+            raise UserError(
+                f"{self.last} is not there, but {', '.join(others)} {'is' if len(others) == 1 else 'are'}. "
+                "Copy one of them to last.ckpt to go on from it; or give resume=never overwrite=true to start again, "
+                "or another name=<name>"
+            )
+        if resume == "never" and self.files() and not overwrite:
             raise UserError(
                 f"resume=never would overwrite the run in {self.root} "
                 f"({len(list(self.checkpoints.glob('*.ckpt')))} checkpoints). "
@@ -56,12 +65,22 @@ class RunFolder:
 
     def files(self) -> list[Path]:
         """What a former run left here that a fresh start would mix with its own."""
-        return [*self.checkpoints.glob("*.ckpt"), *(file for file in (self.metrics, self.config) if file.exists())]
+        beside = (
+            self.root / name for name in ("metrics.csv", "config.yaml", "curves.png", "report.md", "wandb_id.txt")
+        )
+        events = (self.root / "tensorboard").glob("events.out.tfevents.*")
+        return [*self.checkpoints.glob("*.ckpt"), *events, *(file for file in beside if file.exists())]
 
     def clear(self) -> None:
         """Delete a former run's files; what this project did not write stays."""
         for file in self.files():
             file.unlink()
+
+    def sweep(self) -> None:
+        """Delete halves of files whose writer was killed."""
+        for folder in (self.root, self.checkpoints):
+            for half in folder.glob(".*.part"):
+                half.unlink(missing_ok=True)
 
     def write_config(self, values: dict[str, Any]) -> None:
         """Keep the resolved configuration."""
@@ -71,7 +90,10 @@ class RunFolder:
         """Lines "key: old -> new" for what changed since the run's former start; empty if nothing or no former one."""
         if not self.config.exists():
             return []
-        old = _flat(OmegaConf.to_container(OmegaConf.load(self.config)))
+        try:
+            old = _flat(OmegaConf.to_container(OmegaConf.load(self.config)))
+        except (YAMLError, OSError, UnicodeDecodeError):
+            return [f"{self.config}: cannot be read, so what has changed is not known"]
         new = _flat(values)
         gone = object()
         return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -13,9 +14,11 @@ from fat_train.config.run import Problems, RunConfig, resolve_run
 from fat_train.data.datamodule import DataSource, choose_backend, open_data
 from fat_train.data.index import FileIndex
 from fat_train.task.classification import Classification
+from fat_train.trainer.build import TrainerConfig
 from fat_train.trainer.loaders import RunLoaders
 from fat_train.trainer.module import TrainingModule
 from fat_train.trainer.plan import RunPlan, plan_run
+from fat_train.types import UserError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -40,10 +43,36 @@ def open_run(values: Mapping[str, Any]) -> tuple[RunConfig, DataSource]:
     problems.catch(lambda: choose_backend(config.data.backend, device_of(config), config.data.decode))
     problems.raise_if_any()
     assert source is not None
+    refuse_idle_ranks(config.trainer, source)
     if config.debug.overfit_images:
         few = first_images(source.train, config.debug.overfit_images)
         source = replace(source, train=few, val=few)
     return config, source
+
+
+def refuse_idle_ranks(trainer: TrainerConfig, source: DataSource) -> None:
+    """Every rank needs a validation image: Lightning leaves one without out of the sum, and the others wait for it.
+
+    Raises:
+        UserError: fewer validation images than processes.
+    """
+    if len(source.val) < trainer.devices * trainer.num_nodes:
+        raise UserError(
+            f"the validation set has {len(source.val)} images, fewer than the {trainer.devices * trainer.num_nodes} "
+            "processes of trainer.devices x trainer.num_nodes: give fewer devices"
+        )
+
+
+def refuse_bad_out(out: str, ending: str) -> None:
+    """Find out before the work, not after it, that its result cannot be written.
+
+    Raises:
+        UserError: a folder, another ending, or a parent that is no folder.
+    """
+    path = Path(out).expanduser()
+    parents = [parent for parent in path.parents if parent.exists()]
+    if path.suffix != ending or path.is_dir() or not parents[0].is_dir():
+        raise UserError(f"out={out} must be a file that ends in {ending}, in a folder that is there or can be made")
 
 
 def split_settings(values: Mapping[str, Any], cls: type[S]) -> tuple[S, dict[str, Any]]:

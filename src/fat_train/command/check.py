@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
 from fat_train.checkpoint.io import write_atomically
-from fat_train.command.assemble import build_training, open_run, plan_of, split_settings
-from fat_train.command.say import say
+from fat_train.command.assemble import build_training, open_run, plan_of, refuse_bad_out, split_settings
+from fat_train.command.say import is_rank_zero, say
 from fat_train.config.run import RunConfig, plain
 from fat_train.data.datamodule import DataSource, SyntheticDataConfig
 from fat_train.report.dataset import DatasetReport, scan_dataset
@@ -44,33 +45,37 @@ class CheckSettings:
             raise UserError(f"seconds must not be negative; got {self.seconds}")
 
 
-class Pace(pl.Callback):
-    """Stops training after some seconds, and knows the images per second of the part after the settling."""
+class SpeedTest(pl.Callback):
+    """Stops training, on all ranks at once, after some seconds; knows the images per second after the settling.
+
+    The clock starts when the first batch is through: compiling, and the start of the loader, do not count.
+    """
 
     def __init__(self, seconds: float, images_per_batch: int) -> None:
         self.seconds = seconds
         self.images_per_batch = images_per_batch
         self.images_per_s: float | None = None
-        self._started = 0.0
+        self._started: float | None = None
         self._settled: float | None = None
         self._batches = 0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock."""
-        self._started = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Count, and stop in time. At least one batch is counted, however slow."""
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize()
         now = time.perf_counter()
-        if self._settled is None:
+        if self._started is None:
+            self._started = now
+        elif self._settled is None:
             if now - self._started >= SETTLING_SHARE * self.seconds:
                 self._settled = now
-            return
-        self._batches += 1
-        self.images_per_s = self._batches * self.images_per_batch / (now - self._settled)
-        if now - self._started >= self.seconds:
+        else:
+            self._batches += 1
+            self.images_per_s = self._batches * self.images_per_batch / (now - self._settled)
+        over = self.images_per_s is not None and now - self._started >= self.seconds
+        if trainer.strategy.reduce_boolean_decision(over, all=False):
             trainer.should_stop = True
 
 
@@ -81,8 +86,12 @@ def run(tree: DictConfig) -> None:
         UserError: something that would stop the run.
     """
     settings, values = split_settings(plain(tree), CheckSettings)
+    refuse_bad_out(settings.out, ".json")
     config, source = open_run(values)
     plan = plan_of(config, source)
+    if not is_rank_zero():  # started by rank 0 to take part in the timing
+        images_per_second(config, source, plan, settings.seconds)
+        return
     console = Console()
     facts = machine_facts(Path(config.run.folder), _root(config, source))
     console.print(machine_table(facts))
@@ -94,14 +103,15 @@ def run(tree: DictConfig) -> None:
     report = _scan(source, console) if settings.read_files and _root(config, source) else None
     if report is not None:
         found["data"] = report.as_dict()
-    if settings.seconds and (report is None or report.is_trainable):
+    trainable = report is None or report.is_trainable
+    if settings.seconds and trainable:
         say(f"timing         {settings.seconds:g} s of training ...")
         rate = images_per_second(config, source, plan, settings.seconds)
         found["images_per_s"] = rate
         say(f"estimate       {estimate(rate, plan.steps_per_epoch * plan.global_batch, plan.epochs)}")
     write_atomically(Path(settings.out), json.dumps(found, indent=1))
     say(f"details        {settings.out}")
-    if report is not None and not report.is_trainable:
+    if not trainable:
         raise UserError("the data set has files that training cannot read (named above): replace or remove them")
 
 
@@ -111,7 +121,7 @@ def images_per_second(config: RunConfig, source: DataSource, plan: RunPlan, seco
     Raises:
         UserError: the set is too small to settle and be timed (two batches at least are needed).
     """
-    pace = Pace(seconds, plan.batch_per_device * plan.world_size)
+    test = SpeedTest(seconds, plan.batch_per_device * plan.world_size)
     module, loaders = build_training(config, source, plan, provenance={})
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(
@@ -120,14 +130,14 @@ def images_per_second(config: RunConfig, source: DataSource, plan: RunPlan, seco
             epochs=plan.epochs,
             accumulate=plan.accumulate,
             clip_grad_norm=config.optim.clip_grad_norm,
-            callbacks=[pace],
+            callbacks=[test],
             loggers=[],
             max_val_batches=0,
         )
         trainer.fit(module, datamodule=loaders)
-    if pace.images_per_s is None:
+    if test.images_per_s is None:
         raise UserError(f"seconds={seconds:g} is too short to time this run: give more")
-    return pace.images_per_s
+    return test.images_per_s
 
 
 def _root(config: RunConfig, source: DataSource) -> Path | None:

@@ -10,11 +10,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fat_train.checkpoint.weights import apply_state_dict, read_checkpoint, read_state_dict
-from fat_train.command.assemble import build_task
+from fat_train.command.assemble import build_task, refuse_idle_ranks
 from fat_train.command.say import say
 from fat_train.config.resolve import refuse_unknown, resolve
 from fat_train.config.run import GROUPS, Problems, RunConfig, plain, resolve_run
-from fat_train.data.datamodule import DataSource, open_data
+from fat_train.data.datamodule import DataSource, FolderDataConfig, open_data
+from fat_train.data.index import scan_folder
 from fat_train.trainer.build import build_trainer
 from fat_train.trainer.loaders import RunLoaders
 from fat_train.trainer.module import ValidationModule
@@ -48,12 +49,12 @@ def run(tree: DictConfig) -> list[dict[str, Any]]:
     """
     values = plain(tree)
     settings = resolve({k: v for k, v in values.items() if k not in GROUPS}, EvaluateSettings, where="")
-    checkpoint = Path(settings.checkpoint)
+    checkpoint = Path(settings.checkpoint).expanduser()
     about = _about(checkpoint)
     config, source = _open(values, about)
     _refuse_other_classes(about, source, checkpoint)
     say(f"checkpoint     {checkpoint} ({about['model']}, {about['num_classes']} classes)")
-    say(f"data           {source.describe()}")
+    say(f"data           {source.name}: {len(source.val):,} images of {len(source.val.classes):,} classes")
     kinds = ["raw", "ema"] if settings.weights == "both" else [settings.weights]
     return [_evaluate(kind, checkpoint, config, source, settings.batch_size) for kind in kinds]
 
@@ -81,10 +82,19 @@ def _open(values: dict[str, Any], about: dict[str, Any]) -> tuple[RunConfig, Dat
     problems.raise_if_any()
     assert config is not None
     problems.catch(config.trainer.refuse_impossible)
-    source = problems.catch(lambda: open_data(config.data))
+    source = problems.catch(lambda: _open_val(config))
     problems.raise_if_any()
     assert source is not None
+    refuse_idle_ranks(config.trainer, source)
     return config, source
+
+
+def _open_val(config: RunConfig) -> DataSource:
+    """The validation images; a folder needs no train/ beside them."""
+    if not isinstance(config.data, FolderDataConfig):
+        return open_data(config.data)
+    val = scan_folder(config.data.root, "val")
+    return DataSource(config.data.name, val, val)
 
 
 def _refuse_other_classes(about: dict[str, Any], source: DataSource, checkpoint: Path) -> None:

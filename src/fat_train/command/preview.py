@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from fat_train.augment.device import to_pixels
-from fat_train.command.assemble import build_task, device_of, open_run, plan_of, split_settings
+from fat_train.command.assemble import build_task, device_of, open_run, plan_of, refuse_bad_out, split_settings
 from fat_train.command.say import say
 from fat_train.config.run import plain
 from fat_train.data.datamodule import build_loader
@@ -42,6 +42,7 @@ def run(tree: DictConfig) -> Path:
         UserError: as for a training run of the same words.
     """
     settings, values = split_settings(plain(tree), PreviewSettings)
+    refuse_bad_out(settings.out, ".png")
     config, source = open_run(values)
     plan = plan_of(config, source)
     device = device_of(config)

@@ -29,7 +29,7 @@ def run(tree: DictConfig) -> tuple[Path, Path]:
         UserError: no such folder, or nothing in it yet.
     """
     settings = resolve(plain(tree), ReportSettings, where="")
-    folder = Path(settings.run)
+    folder = Path(settings.run).expanduser()
     written = write_report(folder)
     say(epoch_table(read_metrics(folder)))
     for label, path in zip(("curves", "table"), written, strict=True):

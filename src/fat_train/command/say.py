@@ -8,17 +8,18 @@ import sys
 from pathlib import Path
 
 
-def rank() -> int:
-    """This process's global rank as its launcher tells it (Lightning, torchrun or SLURM); 0 without a launcher."""
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        if os.environ.get(name, "").isdecimal():
-            return int(os.environ[name])
-    return 0
-
-
 def is_rank_zero() -> bool:
-    """Whether this process speaks, and writes files, for the job."""
-    return rank() == 0
+    """Whether this process speaks, and writes files, for the job, as its launcher tells it.
+
+    RANK is torchrun's. Lightning's own launcher gives LOCAL_RANK to the processes that it starts, and NODE_RANK tells
+    nodes apart that were started by hand. SLURM_PROCID comes last: whoever starts Lightning's launcher in a shell of
+    SLURM hands that shell's 0 on to every process.
+    """
+    if "RANK" in os.environ:
+        return os.environ["RANK"] == "0"
+    if "LOCAL_RANK" in os.environ or "NODE_RANK" in os.environ:
+        return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+    return os.environ.get("SLURM_PROCID", "0") == "0"
 
 
 def say(text: str) -> None:
@@ -38,6 +39,6 @@ def this_python() -> str:
 
 
 def complain(text: str) -> None:
-    """Print an error from any rank, whose number is told where it is not 0."""
-    prefix = "" if is_rank_zero() else f"[rank {rank()}] "
+    """Print an error from any rank; those of other ranks than 0 are marked."""
+    prefix = "" if is_rank_zero() else "[another rank] "
     print(f"{prefix}Error: {text}", file=sys.stderr, flush=True)

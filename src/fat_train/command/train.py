@@ -30,13 +30,16 @@ def run(tree: DictConfig) -> None:
     values = plain(tree)
     config, source = open_run(values)
     plan = plan_of(config, source)
-    folder = RunFolder(Path(config.run.folder).expanduser() / config.name)
+    folder = RunFolder(config.root)
     # Other ranks may look when rank 0 has begun to write: what is there is then this run's own.
     start = folder.starting_point(config.run.resume, config.run.overwrite or not is_rank_zero())
-    if start is not None and _finished_updates(start, config, source, plan) >= plan.total_steps:
-        say(_finished(config, start))
-        return
+    if start is not None:
+        updates = _finished_updates(start, config, source, plan, values)
+        if updates >= plan.total_steps:
+            say(_finished(config, start, updates // plan.steps_per_epoch))
+            return
     if is_rank_zero():
+        folder.sweep()
         if start is None:
             folder.clear()
         _announce(config, source, plan, folder, start, values)
@@ -74,15 +77,32 @@ def run(tree: DictConfig) -> None:
         say(_farewell(folder, *write_report(folder.root)))
 
 
-def _finished_updates(start: Path, config: RunConfig, source: DataSource, plan: RunPlan) -> int:
+def _changed_architecture(saved: dict[str, Any], asked: dict[str, Any]) -> str:
+    """What differs between two models' settings; drop path may change within a run."""
+    keys = sorted({*saved, *asked} - {"drop_path_rate"})
+    return ", ".join(
+        f"model.{key} was {saved.get(key)}, now {asked.get(key)}" for key in keys if saved.get(key) != asked.get(key)
+    )
+
+
+def _finished_updates(start: Path, config: RunConfig, source: DataSource, plan: RunPlan, values: dict[str, Any]) -> int:
     """Updates that a checkpoint has behind it, once it is known to be of this run."""
-    saved = read_checkpoint(start)
+    try:
+        saved = read_checkpoint(start)
+    except UserError as error:
+        raise UserError(
+            f"{error}\nMove it away, and copy the best-*.ckpt beside it to last.ckpt to go on from that one; "
+            "resume=never overwrite=true starts again"
+        ) from error
     about = saved.get("fat_train", {})
     ways_out = "Give another name=<name> for a new run, or resume=never overwrite=true to replace the old one"
     if about.get("model") != config.model.name:
         raise UserError(
             f"{start} is a checkpoint of model={about.get('model')}, not of {config.model.name}. {ways_out}"
         )
+    changed = _changed_architecture(about["config"]["model"], values["model"])
+    if changed:
+        raise UserError(f"{start} is a checkpoint of another {config.model.name}: {changed}. {ways_out}")
     if about.get("classes") != list(source.train.classes):
         raise UserError(
             f"{start} was trained on {about.get('num_classes')} classes; data={config.data.name} has "
@@ -133,9 +153,10 @@ def _announce(
         say(f"  changed      {line}")
 
 
-def _finished(config: RunConfig, start: Path) -> str:
+def _finished(config: RunConfig, start: Path, epochs: int) -> str:
     return (
-        f"{config.name} is finished: {start} holds all {config.schedule.epochs} epochs.\n"
+        f"{config.name} is finished: {start} has {epochs} epochs behind it, "
+        f"schedule.epochs={config.schedule.epochs} asks for no more.\n"
         f"Evaluate it:    {this_python()} -m fat_train evaluate checkpoint={start}\n"
         "Train longer:   give a larger schedule.epochs\n"
         "Start again:    resume=never overwrite=true, or another name=<name>"
@@ -143,7 +164,7 @@ def _finished(config: RunConfig, start: Path) -> str:
 
 
 def _farewell(folder: RunFolder, curves: Path, table: Path) -> str:
-    best = sorted(folder.checkpoints.glob("best-*.ckpt"), key=lambda file: file.stem.rpartition("-")[2])
+    best = sorted(folder.checkpoints.glob("best-*.ckpt"), key=lambda file: float(file.stem.rpartition("-")[2]))
     checkpoint = best[-1] if best else folder.last
     return (
         f"checkpoint     {checkpoint}\n"

@@ -15,6 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from fat_train.config.zoo import conf_dir
 from fat_train.types import UserError, nearest
 
+OPTIONAL_GROUPS = ("experiment",)
+
 
 def compose(config_name: str, overrides: Sequence[str], extra_dir: Path | None = None) -> DictConfig:
     """Compose `conf/<config_name>.yaml` with overrides.
@@ -54,15 +56,23 @@ def group_choices(folders: Iterable[Path]) -> dict[str, list[str]]:
 
 
 def _parse(words: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create()
     parsed = []
     for word in words:
+        key, _, value = word.partition("=")
+        # Paths hold what Hydra's grammar refuses in a bare value ("~", "=", non-ASCII letters) or takes for a sweep.
+        quoted = key + "='" + value.replace("'", "\\'") + "'"
         try:
-            parsed.extend(OverridesParser.create().parse_overrides([word]))
+            (override,) = parser.parse_overrides([word])
+            if override.is_sweep_override() and "/" in value:
+                (override,) = parser.parse_overrides([quoted])
         except HydraException as error:
-            raise UserError(
-                f"could not read the word {word!r}: write key=value, with quotes around a value that holds "
-                f"spaces, commas or an equals sign (key='\"a=b\"')\n{_first_lines(error)}"
-            ) from error
+            try:
+                (override,) = parser.parse_overrides([quoted] if value else [word])
+            except HydraException:
+                reason = _first_lines(error)
+                raise UserError(f"could not read the word {word!r}: write key=value\n{reason}") from error
+        parsed.append(override)
     return parsed
 
 
@@ -77,7 +87,10 @@ def _as_hydra_wants(override: Override, choices: dict[str, list[str]]) -> str:
     if key not in choices or override.is_delete():
         return line if line[0] in "+~" or key.startswith("hydra") else f"++{line}"
     value = override.value()
-    if isinstance(value, str) and value not in choices[key]:
+    if value is None and key in OPTIONAL_GROUPS:
+        return line
+    if value not in choices[key]:
+        value = "null" if value is None else str(value)
         raise UserError(f"{key}={value}: no such choice{nearest(value, choices[key])}\nAllowed: {_list(choices[key])}")
     return line
 

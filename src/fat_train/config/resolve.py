@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any
@@ -80,6 +81,10 @@ def _build(cls: type, values: Mapping[Any, Any], where: str) -> Any:
 
 def _typed(cls: type, leaves: dict[Any, Any], where: str) -> dict[str, Any]:
     """Convert the given values to the fields' types, by OmegaConf's rules ("3" is an int, 3 is a float)."""
+    for name, value in leaves.items():
+        numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, float)]
+        if not all(math.isfinite(number) for number in numbers):
+            raise UserError(f"{dotted(where, name)} must be finite; got {value}")
     schema = OmegaConf.structured(cls)
     OmegaConf.set_readonly(schema, False)  # OmegaConf takes `frozen=True` for "no merging"
     try:

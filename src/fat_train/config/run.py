@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -79,8 +80,8 @@ class RunSettings:
         one_of("resume", self.resume, RESUME)
         if self.name is not None and (not self.name or "/" in self.name or self.name.startswith(".")):
             raise UserError(f"name must be a plain folder name; got {self.name!r}")
-        if self.seed < 0:
-            raise UserError(f"seed must not be negative; got {self.seed}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must be in [0, 2**32); got {self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,12 @@ class RunConfig:
     def name(self) -> str:
         """The run's name, given or made."""
         return self.run.name or f"{self.model.name}_{self.data.name}"
+
+    @property
+    def root(self) -> Path:
+        """The run's folder. Debugging has a place of its own, where it cannot replace a real run of the same name."""
+        folder = Path(self.run.folder).expanduser()
+        return folder / self.name if self.debug == DebugConfig() else folder / "debug" / self.name
 
 
 class Problems:

@@ -33,6 +33,8 @@ class AdamWConfig:
             raise UserError(f"optim.base_lr must be positive; got {self.base_lr}")
         if self.lr_per_images < 1:
             raise UserError(f"optim.lr_per_images must be at least 1; got {self.lr_per_images}")
+        if self.eps <= 0:
+            raise UserError(f"optim.eps must be positive; got {self.eps}")
         if self.weight_decay < 0 or self.clip_grad_norm < 0:
             raise UserError(
                 "optim.weight_decay and optim.clip_grad_norm must not be negative; "

@@ -170,7 +170,7 @@ def inspect_image(path: str) -> list[Finding]:
             warnings.simplefilter("ignore")  # of a colour table, of a broken EXIF block: the picture is whole
             with Image.open(path) as image:
                 short_side = min(image.size)
-                image.draft(None, (image.width // 8, image.height // 8))
+                image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
                 image.load()
                 orientation = image.getexif().get(ORIENTATION_TAG, 1)
     except Exception as error:  # a broken file makes PIL's many readers raise nearly anything

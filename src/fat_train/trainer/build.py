@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.profilers import PyTorchProfiler
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
@@ -77,10 +78,10 @@ class TrainerConfig:
         here = f"this machine has {gpus} GPU{'s' * (gpus != 1)} and {cores} CPU core{'s' * (cores != 1)}"
         limits = {"gpu": gpus, "cpu": cores, "mps": int(torch.backends.mps.is_available())}
         if self.devices > limits[self.kind]:
+            instead = f"trainer.devices={limits[self.kind]}" if limits[self.kind] else "trainer.accelerator=cpu"
             raise UserError(
                 f"trainer.devices={self.devices} asks for more than there are: {here}. "
-                f"Give trainer.devices={max(limits[self.kind], 1)}"
-                + (" or start the job on a machine with the GPUs" if self.kind != "mps" else "")
+                f"Give {instead}, or start the job on a machine with the GPUs"
             )
         if self.precision == "16-mixed" and self.kind == "cpu":
             raise UserError("trainer.precision=16-mixed needs a GPU; on the CPU give 32 or bf16-mixed")
@@ -144,9 +145,15 @@ def build_trainer(
         default_root_dir=folder,
         callbacks=callbacks,
         logger=loggers,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *_cluster()],
         profiler=PyTorchProfiler(dirpath=folder, filename="profile") if profile else None,
     )
+
+
+def _cluster() -> list[SLURMEnvironment]:
+    """Under SLURM: its ranks and addresses, but not Lightning's own requeueing, which saves inside a signal handler and
+    beside our checkpoints."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 def _strategy(config: TrainerConfig) -> Strategy | str:

@@ -8,7 +8,7 @@ import torch
 from pytorch_lightning import LightningModule
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 
 from fat_train.optim.adamw import AdamWConfig
 from fat_train.schedule.cosine import CosineConfig
@@ -24,29 +24,26 @@ class ValidationModule(LightningModule):
         task: model and loss.
     """
 
-    # A rank may have no validation image at all: it still takes part in the sum.
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(self, task: Task) -> None:
         super().__init__()
         self.task = task
         self.model = task.model
         self.val_metric = task.new_metric()
-        self.val_loss = MeanMetric()
+        self.val_loss_sum = SumMetric(nan_strategy="disable")  # a NaN has to be seen, not left out
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count one batch."""
         del batch_idx
         out = self.task.eval_step(batch)
         self.val_metric.update(out.logits, out.targets)
-        self.val_loss.update(out.loss, weight=len(out.targets))
+        self.val_loss_sum.update(out.loss * len(out.targets))
 
     def on_validation_epoch_end(self) -> None:
         """Sum the counts over the ranks; every rank logs the same numbers."""
         values = {f"val/{name}": value.float() for name, value in self.val_metric.compute().items()}
-        self.log_dict(values | {"val/loss": self.val_loss.compute()})
+        self.log_dict(values | {"val/loss": self.val_loss_sum.compute() / values["val/count"]})
         self.val_metric.reset()
-        self.val_loss.reset()
+        self.val_loss_sum.reset()
 
 
 class TrainingModule(ValidationModule):
@@ -124,6 +121,7 @@ class TrainingModule(ValidationModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one micro-batch; Lightning divides it by the accumulation."""
         out = self.task.train_step(batch, self.step_key(batch_idx))
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         self.log("train/loss", out.loss.detach())
         return out.loss
 

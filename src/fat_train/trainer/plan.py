@@ -9,6 +9,9 @@ from fat_train.schedule.cosine import CosineConfig
 from fat_train.trainer.build import TrainerConfig
 from fat_train.types import UserError
 
+SMALL_BATCH = 8
+"""Fewer images than this in a micro-batch make BatchNorm's statistics noise."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
@@ -26,17 +29,21 @@ class RunPlan:
     lr: float
     warmup_lr: float
     min_lr: float
+    rate_formula: str
+    shortened: bool
 
     def lines(self) -> list[str]:
         """Each derived number with its formula, for the start of the log."""
-        scale = f"{self.global_batch} images"
+        epoch = f"{self.train_images} images // {self.global_batch}"
+        why = (
+            "cut short by debug.max_steps_per_epoch" if self.shortened else "the rest waits for the next epoch's order"
+        )
         return [
             f"global batch   {self.global_batch} = {self.batch_per_device} images x {self.world_size} devices "
             f"x {self.accumulate} accumulated",
-            f"updates        {self.total_steps} = {self.epochs} epochs x {self.steps_per_epoch} "
-            f"({self.train_images} images // {self.global_batch}, the rest waits for the next epoch's order)",
+            f"updates        {self.total_steps} = {self.epochs} epochs x {self.steps_per_epoch} ({epoch}, {why})",
             f"learning rate  {self.warmup_lr:.3e} -> {self.lr:.3e} in {self.warmup_steps} updates "
-            f"-> {self.min_lr:.3e} (each rate scaled to {scale})",
+            f"-> {self.min_lr:.3e} ({self.rate_formula}, the others alike)",
         ]
 
 
@@ -68,8 +75,9 @@ def plan_run(
             f"trainer.global_batch={trainer.global_batch} is more than the {train_images} images of the training set; "
             f"give trainer.global_batch={_largest_multiple(train_images, world_size)} or less"
         )
-    if max_steps_per_epoch:
-        steps_per_epoch = min(steps_per_epoch, max_steps_per_epoch)
+    shortened = 0 < max_steps_per_epoch < steps_per_epoch
+    if shortened:
+        steps_per_epoch = max_steps_per_epoch
     scale = trainer.global_batch / optim.lr_per_images
     return RunPlan(
         global_batch=trainer.global_batch,
@@ -84,6 +92,8 @@ def plan_run(
         lr=optim.base_lr * scale,
         warmup_lr=schedule.warmup_lr * scale,
         min_lr=schedule.min_lr * scale,
+        rate_formula=f"{optim.base_lr:g} x {trainer.global_batch} / {optim.lr_per_images}",
+        shortened=shortened,
     )
 
 
@@ -97,7 +107,14 @@ def _accumulation(global_batch: int, world_size: int, max_batch_per_device: int)
             f"the nearest that do are {near or world_size} and {near + world_size}"
         )
     per_device = global_batch // world_size
-    return next(n for n in range(1, per_device + 1) if per_device % n == 0 and per_device // n <= max_batch_per_device)
+    parts = next(n for n in range(1, per_device + 1) if per_device % n == 0 and per_device // n <= max_batch_per_device)
+    if parts > 1 and per_device // parts < min(SMALL_BATCH, max_batch_per_device):
+        near = _largest_multiple(global_batch, world_size * max_batch_per_device)
+        raise UserError(
+            f"trainer.global_batch={global_batch} only divides into micro-batches of {per_device // parts} images, too "
+            f"few for BatchNorm; give a number that divides better, such as {near or world_size * max_batch_per_device}"
+        )
+    return parts
 
 
 def _largest_multiple(bound: int, factor: int) -> int:

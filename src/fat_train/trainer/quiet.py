@@ -25,5 +25,7 @@ def silence() -> None:
     """Leave warnings and errors of Lightning, and none of its notes (devices found, tips, what `fit` will do)."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # A run of one update (a test, a first try) has no curve: timm says so to everybody.
+    logging.getLogger("timm.scheduler").setLevel(logging.ERROR)
     for message in MESSAGES:
         warnings.filterwarnings("ignore", message=message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
@@ -54,20 +55,20 @@ class DaliLoader(Loader):
                 under_way = list(self._under_way)
                 self._discard()
                 raise self._blame(under_way, error) from error
-            images = self._own(torch.from_dlpack(outputs.as_tensor()))
+            images = self._own(outputs.as_tensor())
             pipeline.release_outputs()
             finished = self._under_way.popleft()
             self._schedule(pipeline, planned)
             yield self._batch_of(finished, images)
 
-    def _own(self, images: UInt8[Tensor, "B H W 3"]) -> UInt8[Tensor, "B H W 3"]:
-        """Make a run's output safe to keep."""
+    def _own(self, output: Any) -> UInt8[Tensor, "B H W 3"]:
+        """Make a run's output safe to keep; `share_outputs` has waited until it is complete."""
         if self._copying is None:
-            return images  # the dynamic executor does not reuse a buffer that something still refers to
+            return torch.from_dlpack(output)  # the dynamic executor does not reuse a buffer that is referred to
         # On a GPU the reference may go while kernels that read the buffer are still queued: copy it, and wait for the
         # copy alone, not for the training stream.
         with torch.cuda.stream(self._copying):
-            copy = images.clone()
+            copy = torch.from_dlpack(output).clone()
         self._copying.synchronize()
         copy.record_stream(torch.cuda.current_stream(copy.device))
         return copy
