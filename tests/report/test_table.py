@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fat_train.report.table import compare_runs, write_report
+from fat_train.report.table import write_report
 from fat_train.types import MissingPathError
 
 
@@ -16,8 +16,8 @@ def cells(table: str, row: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-def test_the_report_holds_settings_facts_and_results(write_run: Callable[..., Path]) -> None:
-    curves, report = write_report(write_run(), {"parameters": "321,000"})
+def test_the_report_holds_settings_and_results(write_run: Callable[..., Path]) -> None:
+    curves, report = write_report(write_run())
     text = report.read_text()
     assert (curves.name, report.name) == ("curves.png", "report.md")
     assert "![curves](curves.png)" in text
@@ -28,7 +28,6 @@ def test_the_report_holds_settings_facts_and_results(write_run: Callable[..., Pa
         "data": "digits",
         "global batch": "64",
         "seed": "7",
-        "parameters": "321,000",
         "epochs finished": "3",
         "training speed": "200 images/s",
         "wall time": "1 min 30 s",
@@ -63,14 +62,6 @@ def test_a_run_without_its_config_has_a_report(write_run: Callable[..., Path]) -
     text = write_report(run)[1].read_text()
     assert "| model |" not in text
     assert cells(text, "updates") == ["30"]
-
-
-def test_runs_are_compared_best_first(write_run: Callable[..., Path]) -> None:
-    runs = [write_run("new", top1=[], steps=7), write_run("low", top1=[10.0]), write_run("high", top1=[20.0, 15.0])]
-    table = compare_runs(runs)
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["high", "low", "new"]
-    assert cells(table, "high") == ["fat_nano", "2", "20.00", "–", "0.1500", "200", "1 min 00 s"]
-    assert cells(table, "new") == ["fat_nano", "0", "–", "–", "–", "100", "–"]
 
 
 def test_a_missing_run_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -34,19 +35,17 @@ def open_run(values: Mapping[str, Any]) -> tuple[RunConfig, DataSource]:
     """
     problems = Problems()
     config = resolve_run(values, problems)
-    if config is None:
-        problems.raise_if_any()
-    assert config is not None
     problems.raise_if_any()
+    assert config is not None
     problems.catch(config.trainer.refuse_impossible)
     source = problems.catch(lambda: open_data(config.data))
     problems.catch(lambda: choose_backend(config.data.backend, device_of(config), config.data.decode))
     problems.raise_if_any()
     assert source is not None
-    refuse_idle_ranks(config.trainer, source)
     if config.debug.overfit_images:
         few = first_images(source.train, config.debug.overfit_images)
         source = replace(source, train=few, val=few)
+    refuse_idle_ranks(config.trainer, source)
     return config, source
 
 
@@ -63,8 +62,8 @@ def refuse_idle_ranks(trainer: TrainerConfig, source: DataSource) -> None:
         )
 
 
-def refuse_bad_out(out: str, ending: str) -> None:
-    """Find out before the work, not after it, that its result cannot be written.
+def path_of_out(out: str, ending: str) -> Path:
+    """Where a command's result goes; found out before the work, not after it, if it cannot be written there.
 
     Raises:
         UserError: a folder, another ending, or a parent that is no folder.
@@ -73,6 +72,7 @@ def refuse_bad_out(out: str, ending: str) -> None:
     parents = [parent for parent in path.parents if parent.exists()]
     if path.suffix != ending or path.is_dir() or not parents[0].is_dir():
         raise UserError(f"out={out} must be a file that ends in {ending}, in a folder that is there or can be made")
+    return path
 
 
 def split_settings(values: Mapping[str, Any], cls: type[S]) -> tuple[S, dict[str, Any]]:
@@ -128,15 +128,12 @@ def device_of(config: RunConfig) -> torch.device:
 
 
 def first_images(index: FileIndex, count: int) -> FileIndex:
-    """The first `count` images of every class in turn, so that few images still are of many classes."""
-    order = sorted(range(len(index)), key=_turn(index))[:count]
-    return replace(index, paths=tuple(index.paths[i] for i in order), targets=index.targets[order])
-
-
-def _turn(index: FileIndex) -> Any:
-    seen: dict[int, int] = {}
+    """The first image of every class, then the second of every class, and so on up to `count`: few images of many
+    classes, where the first of the list would all be of one."""
+    seen: Counter[int] = Counter()
     turns = []
-    for target in index.targets.tolist():
-        turns.append((seen.setdefault(target, 0), target))
+    for row, target in enumerate(index.targets.tolist()):
+        turns.append((seen[target], row))
         seen[target] += 1
-    return lambda i: turns[i]
+    rows = [row for _, row in sorted(turns)[:count]]
+    return replace(index, paths=tuple(index.paths[row] for row in rows), targets=index.targets[rows])

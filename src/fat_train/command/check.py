@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from fat_train.checkpoint.io import write_atomically
-from fat_train.command.assemble import build_training, open_run, plan_of, refuse_bad_out, split_settings
+from fat_train.command.assemble import build_training, open_run, path_of_out, plan_of, split_settings
 from fat_train.command.say import is_rank_zero, say
 from fat_train.config.run import RunConfig, plain
 from fat_train.data.datamodule import DataSource, SyntheticDataConfig
@@ -86,14 +86,14 @@ def run(tree: DictConfig) -> None:
         UserError: something that would stop the run.
     """
     settings, values = split_settings(plain(tree), CheckSettings)
-    refuse_bad_out(settings.out, ".json")
+    out = path_of_out(settings.out, ".json")
     config, source = open_run(values)
     plan = plan_of(config, source)
     if not is_rank_zero():  # started by rank 0 to take part in the timing
         images_per_second(config, source, plan, settings.seconds)
         return
     console = Console()
-    facts = machine_facts(Path(config.run.folder), _root(config, source))
+    facts = machine_facts(config.root, _root(config, source))
     console.print(machine_table(facts))
     say(f"configuration  {config.name}: good")
     for line in plan.lines():
@@ -109,8 +109,8 @@ def run(tree: DictConfig) -> None:
         rate = images_per_second(config, source, plan, settings.seconds)
         found["images_per_s"] = rate
         say(f"estimate       {estimate(rate, plan.steps_per_epoch * plan.global_batch, plan.epochs)}")
-    write_atomically(Path(settings.out), json.dumps(found, indent=1))
-    say(f"details        {settings.out}")
+    write_atomically(out, json.dumps(found, indent=1))
+    say(f"details        {out}")
     if not trainable:
         raise UserError("the data set has files that training cannot read (named above): replace or remove them")
 
@@ -119,7 +119,7 @@ def images_per_second(config: RunConfig, source: DataSource, plan: RunPlan, seco
     """The whole job's training speed, by training for some seconds and throwing the result away.
 
     Raises:
-        UserError: the set is too small to settle and be timed (two batches at least are needed).
+        UserError: the run was over before it had settled: too few updates, or too few seconds.
     """
     test = SpeedTest(seconds, plan.batch_per_device * plan.world_size)
     module, loaders = build_training(config, source, plan, provenance={})
@@ -136,7 +136,7 @@ def images_per_second(config: RunConfig, source: DataSource, plan: RunPlan, seco
         )
         trainer.fit(module, datamodule=loaders)
     if test.images_per_s is None:
-        raise UserError(f"seconds={seconds:g} is too short to time this run: give more")
+        raise UserError(f"seconds={seconds:g} of this run were too few to time it: give more seconds, or a longer run")
     return test.images_per_s
 
 

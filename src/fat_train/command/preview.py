@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from fat_train.augment.device import to_pixels
-from fat_train.command.assemble import build_task, device_of, open_run, plan_of, refuse_bad_out, split_settings
+from fat_train.command.assemble import build_task, device_of, open_run, path_of_out, plan_of, split_settings
 from fat_train.command.say import say
 from fat_train.config.run import plain
 from fat_train.data.datamodule import build_loader
@@ -42,7 +42,7 @@ def run(tree: DictConfig) -> Path:
         UserError: as for a training run of the same words.
     """
     settings, values = split_settings(plain(tree), PreviewSettings)
-    refuse_bad_out(settings.out, ".png")
+    out = path_of_out(settings.out, ".png")
     config, source = open_run(values)
     plan = plan_of(config, source)
     device = device_of(config)
@@ -73,10 +73,10 @@ def run(tree: DictConfig) -> Path:
             break
     header = (
         f"{config.data.name} · epoch {settings.epoch} · rank 0 of {plan.world_size} · "
-        f"{config.augment.auto_augment or 'no auto-augment'} · λ: share of the first label"
+        f"{config.augment.auto_augment or 'no auto-augment'} · a number before a label is its share of the picture"
     )
-    Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
-    written = contact_sheet(tiles[: settings.count], captions[: settings.count], Path(settings.out), header=header)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    written = contact_sheet(tiles[: settings.count], captions[: settings.count], out, header=header)
     say(f"preview        {written} ({min(len(tiles), settings.count)} pictures as the model gets them in training)")
     return written
 

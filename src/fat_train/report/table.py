@@ -1,8 +1,8 @@
-"""Markdown tables of one run, and of several side by side."""
+"""Markdown tables of one run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,11 @@ RESULTS = (
 """Columns that the epochs' table shows, and how."""
 
 
-def write_report(run_dir: Path, facts: Mapping[str, str] | None = None) -> tuple[Path, Path]:
+def write_report(run_dir: Path) -> tuple[Path, Path]:
     """Make `curves.png` and `report.md` in the run's folder, and say where they are.
 
     Args:
         run_dir: the run's folder.
-        facts: what the caller knows besides, e.g. the number of parameters; a row each.
 
     Raises:
         MissingPathError, UserError: see `read_metrics`.
@@ -56,16 +55,15 @@ def write_report(run_dir: Path, facts: Mapping[str, str] | None = None) -> tuple
     metrics = read_metrics(run_dir)
     curves = draw_curves(metrics, run_dir / CURVES_FILE)
     report = run_dir / REPORT_FILE
-    sections = [f"# {run_dir.resolve().name}", run_table(metrics, facts or {}), epoch_table(metrics)]
+    sections = [f"# {run_dir.resolve().name}", run_table(metrics), epoch_table(metrics)]
     report.write_text("\n\n".join([*sections, f"![curves]({CURVES_FILE})"]) + "\n", encoding="utf-8")
     return curves, report
 
 
-def run_table(metrics: Metrics, facts: Mapping[str, str]) -> str:
+def run_table(metrics: Metrics) -> str:
     """Who ran, how long, how fast: a row a fact."""
     config = _read_config(metrics.run_dir)
     rows = [(label, str(value)) for label, key in SETTINGS if (value := OmegaConf.select(config, key)) is not None]
-    rows += facts.items()
     rows += [
         ("updates", f"{metrics.columns['step'].max():,.0f}"),
         ("epochs finished", str(int(metrics.is_epoch.sum()))),
@@ -93,36 +91,6 @@ def epoch_table(metrics: Metrics) -> str:
         if np.isfinite(values).any():
             rows.append((name, *(_cell(values[at], form) for at in picked.values())))
     return _markdown(("", *picked), rows)
-
-
-def compare_runs(run_dirs: Sequence[Path]) -> str:
-    """Several runs in one table, the best `val/top1` first.
-
-    Raises:
-        MissingPathError, UserError: see `read_metrics`.
-    """
-    runs = [read_metrics(run_dir) for run_dir in run_dirs]
-    tops = [(_top(metrics, "val/top1"), _top(metrics, "val/top1_ema")) for metrics in runs]
-    order = sorted(range(len(runs)), key=lambda at: -np.nan_to_num(tops[at][0], nan=-1.0))
-    rows = []
-    for at in order:
-        metrics = runs[at]
-        model = OmegaConf.select(_read_config(metrics.run_dir), "model.name")
-        losses = metrics.epochs("train/loss")
-        rows.append(
-            (
-                metrics.run_dir.resolve().name,
-                str(model or NOTHING),
-                str(int(metrics.is_epoch.sum())),
-                _cell(tops[at][0], ".2f"),
-                _cell(tops[at][1], ".2f"),
-                _cell(losses[-1] if len(losses) else np.nan, ".4f"),
-                f"{_speed(metrics):,.0f}",
-                format_duration(_wall_s(metrics)) if len(losses) else NOTHING,
-            )
-        )
-    heads = ("run", "model", "epochs", "best val/top1", "best val/top1_ema", "train/loss", "images/s", "wall time")
-    return _markdown(heads, rows)
 
 
 def _read_config(run_dir: Path) -> Any:
