@@ -11,6 +11,7 @@ from jaxtyping import Float64
 from PIL import Image
 
 from fat_train.augment.policy import AugmentConfig, Draws, crop_box, draw
+from fat_train.data.index import Place
 from fat_train.data.picture import PictureSpec, make_pictures
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
@@ -68,7 +69,7 @@ def means_apart(
     else:
         draws = draw(config, spec.image_px, np.random.default_rng(5), len(paths))
         pipeline = build_train_pipeline(spec, draws.op.shape[1], execution)
-    ours, theirs = run(pipeline, paths, draws, spec), make_pictures(paths, draws, spec)
+    ours, theirs = run(pipeline, paths, draws, spec), make_pictures([Place(path) for path in paths], draws, spec)
     return np.abs(ours.astype(int) - theirs).mean(axis=(1, 2, 3))
 
 

@@ -21,7 +21,7 @@ def test_the_digits_are_written_once_as_an_image_folder(cache: Path) -> None:
     source = open_data(DigitsDataConfig())
     assert (len(source.train), len(source.val), source.num_classes) == (1442, 355, 10)
     assert source.train.classes == tuple("0123456789")
-    with Image.open(source.train.path(0)) as image:
+    with Image.open(source.train.place(0).file) as image:
         assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (64, 64))
     written = {path: path.stat().st_mtime_ns for path in cache.rglob("*.jpg")}
     assert open_data(DigitsDataConfig()).fingerprint == source.fingerprint

@@ -22,7 +22,7 @@ def test_classes_are_numbered_as_torchvision_numbers_them(tmp_path: Path) -> Non
     index = scan_folder(tmp_path, "train")
     theirs = ImageFolder(tmp_path / "train")
     assert list(index.classes) == theirs.classes
-    assert {str(index.path(row)): int(index.targets[row]) for row in range(len(index))} == dict(theirs.samples)
+    assert {str(index.place(row)): int(index.targets[row]) for row in range(len(index))} == dict(theirs.samples)
 
 
 def test_suffixes_count_in_any_case_and_hidden_and_other_files_do_not(tmp_path: Path) -> None:

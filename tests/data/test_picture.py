@@ -9,6 +9,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 from torchvision.transforms.functional import resized_crop
 
 from fat_train.augment.policy import AugmentConfig, crop_box, draw
+from fat_train.data.index import Place
 from fat_train.data.picture import PictureSpec, eval_picture, read_rgb, train_picture
 
 SPEC = PictureSpec(
@@ -18,7 +19,7 @@ SPEC = PictureSpec(
 
 @pytest.fixture(scope="module")
 def images(picture_root: Path) -> list[Image.Image]:
-    return [read_rgb(str(path)) for path in sorted(picture_root.glob("*/*/*"))]
+    return [read_rgb(Place(str(path))) for path in sorted(picture_root.glob("*/*/*"))]
 
 
 def test_validation_pictures_are_torchvisions(images: list[Image.Image]) -> None:
@@ -40,4 +41,4 @@ def test_an_exif_turn_is_not_applied(tmp_path: Path) -> None:
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=turned)
-    assert read_rgb(str(tmp_path / "turned.jpg")).size == (30, 20)
+    assert read_rgb(Place(str(tmp_path / "turned.jpg"))).size == (30, 20)

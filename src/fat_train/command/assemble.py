@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 
 from fat_train.config.resolve import resolve
@@ -136,4 +137,4 @@ def first_images(index: FileIndex, count: int) -> FileIndex:
         turns.append((seen[target], row))
         seen[target] += 1
     rows = [row for _, row in sorted(turns)[:count]]
-    return replace(index, paths=tuple(index.paths[row] for row in rows), targets=index.targets[rows])
+    return index.take(np.array(rows))

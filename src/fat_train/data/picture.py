@@ -5,8 +5,9 @@ The DALI pipeline is held against this file, picture by picture.
 
 from __future__ import annotations
 
+import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from timm.data import auto_augment
 
 from fat_train.augment.policy import NO_OP, Draws, Op, crop_box
+from fat_train.data.index import Place
 from fat_train.types import UserError
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -56,23 +58,26 @@ class PictureSpec:
     """RGB that a rotation, shear or translation draws in from outside."""
 
 
-def unreadable(path: str, reason: str) -> UserError:
+def unreadable(place: Place, reason: str) -> UserError:
     """Say which file stopped the loader, and why."""
-    return UserError(f"cannot read the image {path} ({reason}): mend it, or take it out of the data set")
+    return UserError(f"cannot read the image {place} ({reason}): mend it, or take it out of the data set")
 
 
-def read_rgb(path: str) -> Image.Image:
-    """Decode a file and convert it to RGB; an EXIF orientation is not applied.
+def read_rgb(place: Place) -> Image.Image:
+    """Decode an image and convert it to RGB; an EXIF orientation is not applied.
 
     Raises:
-        UserError: the file is missing, truncated or no image.
+        UserError: it is missing, truncated or no image.
     """
     try:
         # PIL warns of odd metadata that do not touch the pixels; a training log is no place for them.
-        with warnings.catch_warnings(action="ignore", category=UserWarning), Image.open(path) as image:
+        with (
+            warnings.catch_warnings(action="ignore", category=UserWarning),
+            Image.open(io.BytesIO(place.read())) as image,
+        ):
             return image.convert("RGB")
     except READ_ERRORS as error:
-        raise unreadable(path, _reason(error)) from error
+        raise unreadable(place, _reason(error)) from error
 
 
 def _reason(error: Exception) -> str:
@@ -121,14 +126,14 @@ def eval_geometry(height: int, width: int, resize_px: int, crop_px: int) -> tupl
     return new_height, new_width, round((new_height - crop_px) / 2.0), round((new_width - crop_px) / 2.0)
 
 
-def make_pictures(paths: list[str], draws: Draws | None, spec: PictureSpec) -> UInt8[np.ndarray, "B H W 3"]:
-    """Decode a batch of files and make the network's input of each; without draws, as for validation.
+def make_pictures(places: Sequence[Place], draws: Draws | None, spec: PictureSpec) -> UInt8[np.ndarray, "B H W 3"]:
+    """Decode a batch of images and make the network's input of each; without draws, as for validation.
 
     Raises:
-        UserError: a file cannot be read.
+        UserError: an image cannot be read.
     """
-    pictures = np.empty((len(paths), spec.image_px, spec.image_px, 3), np.uint8)
-    for row, path in enumerate(paths):
-        image = read_rgb(path)
+    pictures = np.empty((len(places), spec.image_px, spec.image_px, 3), np.uint8)
+    for row, place in enumerate(places):
+        image = read_rgb(place)
         pictures[row] = eval_picture(image, spec) if draws is None else train_picture(image, draws, row, spec)
     return pictures

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fat_train.augment.policy import AugmentConfig, Draws
-from fat_train.data.index import FileIndex
+from fat_train.data.index import FileIndex, Place
 from fat_train.data.loader import Loader, Planned
 from fat_train.data.order import Order
 from fat_train.data.picture import PictureSpec, make_pictures
@@ -25,7 +25,7 @@ START_METHODS = ("forkserver", "spawn")  # a fork of this process, with its thre
 
 
 class _Request(NamedTuple):
-    paths: list[str]
+    places: list[Place]
     draws: Draws | None
 
 
@@ -37,7 +37,7 @@ class _Pictures(Dataset[UInt8[Tensor, "B H W 3"] | UserError]):
 
     def __getitem__(self, request: _Request) -> UInt8[Tensor, "B H W 3"] | UserError:
         try:
-            return torch.from_numpy(make_pictures(request.paths, request.draws, self.spec))
+            return torch.from_numpy(make_pictures(request.places, request.draws, self.spec))
         except UserError as error:
             return UserError(str(error))
 
@@ -56,7 +56,7 @@ class _Requests(Sampler[_Request]):
     def __iter__(self) -> Iterator[_Request]:
         for planned in self.planned:
             self.under_way.append(planned)
-            yield _Request([str(self.index.path(row)) for row in planned.plan.indices], planned.draws)
+            yield _Request([self.index.place(row) for row in planned.plan.indices], planned.draws)
 
 
 class TorchLoader(Loader):

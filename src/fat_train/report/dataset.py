@@ -150,7 +150,7 @@ def scan_dataset(train: FileIndex, val: FileIndex, *, workers: int, console: Con
         findings: list[Finding] = []
         with _bar(console) as bar:
             task = bar.add_task(name, total=len(index))
-            for found, images in _inspect_all([str(index.path(row)) for row in range(len(index))], workers):
+            for found, images in _inspect_all([str(index.place(row)) for row in range(len(index))], workers):
                 findings += found
                 bar.advance(task, images)
         reports.append(_split_report(index, findings, IMAGENET_COUNTS[name] if imagenet else None))

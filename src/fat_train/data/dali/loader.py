@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fat_train.augment.policy import AugmentConfig, parse_rand_augment
 from fat_train.data.dali.graph import Execution, build_eval_pipeline, build_train_pipeline, feed_draws, feed_paths
-from fat_train.data.index import FileIndex
+from fat_train.data.index import FileIndex, Place
 from fat_train.data.loader import Loader, Planned
 from fat_train.data.order import Order
 from fat_train.data.picture import PictureSpec, read_rgb, unreadable
@@ -75,14 +75,14 @@ class DaliLoader(Loader):
 
     def _schedule(self, pipeline: Pipeline, planned: Iterator[Planned]) -> None:
         while len(self._under_way) < RUNS_AHEAD and (batch := next(planned, None)) is not None:
-            feed_paths(pipeline, self._paths(batch))
+            feed_paths(pipeline, [str(place) for place in self._places(batch)])
             if batch.draws is not None:
                 feed_draws(pipeline, batch.draws, self.spec)
             pipeline.schedule_run()
             self._under_way.append(batch)
 
-    def _paths(self, planned: Planned) -> list[str]:
-        return [str(self.index.path(row)) for row in planned.plan.indices]
+    def _places(self, planned: Planned) -> list[Place]:
+        return [self.index.place(row) for row in planned.plan.indices]
 
     def _idle_pipeline(self) -> Pipeline:
         try:
@@ -110,25 +110,25 @@ class DaliLoader(Loader):
 
     def _blame(self, under_way: list[Planned], error: RuntimeError) -> Exception:
         """Find the file that a run failed at: DALI's message does not name it."""
-        paths = [path for planned in under_way for path in self._paths(planned)]
-        for path in paths:
+        places = [place for planned in under_way for place in self._places(planned)]
+        for place in places:
             try:
-                read_rgb(path)
+                read_rgb(place)
             except UserError as unreadable_file:
                 return unreadable_file
-        return _refused_by_dali(paths) or error
+        return _refused_by_dali(places) or error
 
 
-def _refused_by_dali(paths: Iterable[str]) -> UserError | None:
-    for path in paths:
+def _refused_by_dali(places: Iterable[Place]) -> UserError | None:
+    for place in places:
         pipeline = _decode_graph(**Execution(max_batch=1, num_threads=1, device_id=None).arguments())
         pipeline.build()
-        feed_paths(pipeline, [path])
+        feed_paths(pipeline, [str(place)])
         try:
             pipeline.schedule_run()
             pipeline.share_outputs()
         except RuntimeError:
-            return unreadable(path, "DALI cannot decode it, although PIL can; data.backend=torch would read it")
+            return unreadable(place, "DALI cannot decode it, although PIL can; data.backend=torch would read it")
     return None
 
 
