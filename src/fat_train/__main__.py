@@ -15,6 +15,7 @@ from fat_train.config.compose import compose, group_choices
 from fat_train.config.zoo import conf_dir
 from fat_train.types import UserError, nearest
 
+# A command of two words is the module and the yaml whose name has "_" between them.
 COMMANDS = {
     "train": "the main job, and the default where no command is named",
     "evaluate": "top-1 and top-5 of a checkpoint on a data set",
@@ -65,11 +66,12 @@ def _run(words: list[str]) -> int:
     for word in words:
         if word.startswith("-"):
             raise UserError(f"unknown option {word}{nearest(word, OPTIONS)} (allowed: {', '.join(OPTIONS)})")
-    tree = compose(command, words, extra_dir=extra_dir)
+    module = command.replace(" ", "_")
+    tree = compose(module, words, extra_dir=extra_dir)
     if show:
         print(OmegaConf.to_yaml(tree, resolve=True), end="")
         return 0
-    import_module(f"fat_train.command.{command}").run(tree)
+    import_module(f"fat_train.command.{module}").run(tree)
     return 0
 
 
@@ -77,6 +79,8 @@ def _take_command(words: list[str]) -> str:
     if not words or words[0].startswith("-") or "=" in words[0] or words[0].startswith("~"):
         return "train"
     command = words.pop(0)
+    if any(name.startswith(f"{command} ") for name in COMMANDS) and words and words[0].isalpha():
+        command = f"{command} {words.pop(0)}"
     if command not in COMMANDS:
         raise UserError(
             f"unknown command {command!r}{nearest(command, COMMANDS)} (allowed: {', '.join(COMMANDS)}; "
@@ -98,7 +102,7 @@ def _take_config_dir(words: list[str]) -> Path | None:
 
 def _help(choices: dict[str, list[str]]) -> str:
     return HELP.format(
-        commands="\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items()),
+        commands="\n".join(f"  {name:<18}{text}" for name, text in COMMANDS.items()),
         groups="\n".join(f"  {group:<11}{', '.join(names)}" for group, names in choices.items()),
         traceback=TRACEBACK,
     )
