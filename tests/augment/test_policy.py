@@ -2,16 +2,29 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageFilter
 from scipy import stats
 from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms import ColorJitter
 
-from fat_train.augment.policy import NO_OP, AugmentConfig, Draws, Op, crop_box, draw, parse_rand_augment
+from fat_train.augment.policy import (
+    NO_OP,
+    RAND_AUGMENT_OPS,
+    AugmentConfig,
+    Draws,
+    Op,
+    RandAugment,
+    crop_box,
+    draw,
+    parse_auto_augment,
+)
 from fat_train.types import UserError
 
 DRAWN = 4000
@@ -46,6 +59,9 @@ def seeded() -> Iterator[None]:
     yield
     random.setstate(python_state)
     np.random.set_state(numpy_state)
+
+
+RAND_AUGMENT = list(Op)[:RAND_AUGMENT_OPS]
 
 
 def table(config: AugmentConfig, n: int = DRAWN, image_px: int = 224) -> Draws:
@@ -85,7 +101,7 @@ def test_operations_and_their_arguments_are_drawn_as_timm_draws_them(
     ours = table(AugmentConfig(auto_augment=text))
     their_ops = Counter(op for image in theirs for op, _ in image)
     our_ops = Counter(int(op) for op in ours.op.ravel() if op != NO_OP)
-    counts = np.array([[their_ops[op], our_ops[op]] for op in Op])
+    counts = np.array([[their_ops[op], our_ops[op]] for op in RAND_AUGMENT])
     assert stats.chi2_contingency(counts).pvalue > SIGNIFICANT
 
     slots = ours.op.shape[1]
@@ -94,12 +110,79 @@ def test_operations_and_their_arguments_are_drawn_as_timm_draws_them(
     carried_out = np.array([[their_carried_out[k], our_carried_out[k]] for k in range(slots + 1)])
     assert stats.chi2_contingency(carried_out).pvalue > SIGNIFICANT
 
-    for op in Op:
+    for op in RAND_AUGMENT:
         their_args = np.array([arg for image in theirs for name, arg in image if name == op])
         if op == Op.POSTERIZE:
             their_args = np.maximum(1, their_args)  # our one deviation: never 0 bits
         our_args = ours.arg[ours.op == op]
         assert stats.ks_2samp(their_args, our_args).pvalue > SIGNIFICANT, op.name
+
+
+@pytest.mark.usefixtures("seeded")
+@pytest.mark.parametrize("text", ["3a", "3a-mstd1.5"])
+def test_three_augment_is_drawn_as_timm_draws_it(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    solarized, kept_colour, blurred = [], [], []
+    monkeypatch.setitem(auto_augment.NAME_TO_OP, "Solarize", lambda image, level, **_: solarized.append(level) or image)
+    monkeypatch.setattr(auto_augment.ImageEnhance, "Color", lambda image: Recorder(image, kept_colour))
+    monkeypatch.setattr(auto_augment.ImageFilter, "GaussianBlur", lambda radius: blurred.append(radius) or BLUR)
+    transform, image = (
+        auto_augment.auto_augment_transform(text, {"img_mean": (124, 116, 104)}),
+        Image.new("RGB", (8, 8)),
+    )
+    for _ in range(DRAWN):
+        transform(image)
+    ours = table(AugmentConfig(auto_augment=text))
+    assert ours.op.shape == (DRAWN, 1)
+    theirs = {Op.SOLARIZE: solarized, Op.COLOR: kept_colour, Op.GAUSSIAN_BLUR: blurred}
+    counts = np.array([[len(args), (ours.op == op).sum()] for op, args in theirs.items()])
+    assert counts.sum(axis=0).tolist() == [DRAWN, DRAWN]
+    assert stats.chi2_contingency(counts).pvalue > SIGNIFICANT
+    for op, args in theirs.items():
+        assert stats.ks_2samp(args, ours.arg[ours.op == op]).pvalue > SIGNIFICANT, op.name
+
+
+BLUR = ImageFilter.BoxBlur(0)
+
+
+class Recorder(NamedTuple):
+    """Stands in for one of PIL's enhancers, and writes down by how much it was to enhance."""
+
+    image: Image.Image
+    factors: list[float]
+
+    def enhance(self, factor: float) -> Image.Image:
+        self.factors.append(factor)
+        return self.image
+
+
+def test_colours_are_jittered_as_torchvision_jitters_them() -> None:
+    torch.manual_seed(3)
+    jitter = ColorJitter(0.3, 0.3, 0.3)
+    drawn = [ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, None) for _ in range(DRAWN)]
+    ours = table(AugmentConfig(auto_augment=None, color_jitter=0.3))
+    kinds = (Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR)  # torchvision's 0, 1, 2; 3 is the hue
+    their_orders = Counter(tuple(kinds[n] for n in order.tolist() if n < 3) for order, *_ in drawn)
+    our_orders = Counter(map(tuple, ours.op.tolist()))
+    assert len(our_orders) == 6
+    counts = np.array([[their_orders[order], our_orders[order]] for order in our_orders])
+    assert stats.chi2_contingency(counts).pvalue > SIGNIFICANT
+    for number, op in enumerate(kinds, 1):
+        assert stats.ks_2samp([draw[number] for draw in drawn], ours.arg[ours.op == op]).pvalue > SIGNIFICANT, op.name
+
+
+@pytest.mark.parametrize(("auto_augment", "columns"), [(None, 3), ("3a", 4), ("rand-m9-n2", 2)])
+def test_colour_jitter_is_idle_beside_rand_augment_alone(auto_augment: str | None, columns: int) -> None:
+    assert table(AugmentConfig(auto_augment=auto_augment, color_jitter=0.4), 9).op.shape == (9, columns)
+
+
+def test_random_interpolation_takes_either_kernel_for_each_resize_and_each_warp() -> None:
+    draws = table(AugmentConfig(interpolation="random"))
+    assert draws.kernel.shape == (DRAWN, 3)
+    np.testing.assert_allclose(draws.kernel.mean(axis=0), 0.5, atol=0.02)
+    both = np.corrcoef(draws.kernel.T) - np.eye(3)
+    assert np.abs(both).max() < 0.03
+    assert AugmentConfig(interpolation="random").eval_interpolation == "bicubic"
+    assert (table(AugmentConfig(interpolation="bilinear"), 9).kernel == 1).all()
 
 
 @pytest.mark.usefixtures("seeded")
@@ -195,7 +278,8 @@ def test_posterize_never_asks_for_no_bits_at_all() -> None:
 
 @pytest.mark.parametrize("text", ["rand-m9-mstd0.5-inc1", "rand-n3-p0.7", "rand", "rand-m5-mstd101"])
 def test_a_timm_string_means_what_timm_takes_it_for(text: str) -> None:
-    spec = parse_rand_augment(text)
+    spec = parse_auto_augment(text)
+    assert isinstance(spec, RandAugment)
     theirs = auto_augment.rand_augment_transform(text, {"img_mean": (0, 0, 0)})
     op = theirs.ops[0]
     assert (spec.num_ops, spec.magnitude, spec.prob, spec.magnitude_std) == (
@@ -217,6 +301,7 @@ def test_a_timm_string_means_what_timm_takes_it_for(text: str) -> None:
         ("rand-m9.5", "m takes a whole number"),
         ("rand-n0", "n must be at least 1"),
         ("rand-p1.5", r"p must be in \[0, 1\]"),
+        ("3a-m9", "'m9' is not one of mstd"),
     ],
 )
 def test_a_string_that_is_not_understood_is_refused_with_what_is_allowed(text: str, why: str) -> None:
@@ -235,7 +320,7 @@ def test_a_string_that_is_not_understood_is_refused_with_what_is_allowed(text: s
         ("erase_prob", -0.1),
         ("mixup_alpha", -1.0),
         ("cutmix_alpha", math.nan),
-        ("interpolation", "nearest"),
+        ("color_jitter", 1.5),
         ("erase_mode", "black"),
         ("erase_count", 0),
     ],

@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from fat_train.types import UserError
+from fat_train.types import UserError, one_of
 
 CROP_ATTEMPTS = 10
 ERASE_ATTEMPTS = 10
@@ -25,13 +25,17 @@ ERASE_AREA = (0.02, 1 / 3)
 ERASE_MIN_RATIO = 0.3
 MAX_LEVEL = 10.0
 UNIFORM_ABOVE_STD = 100.0
+THREE_AUGMENT_LEVELS = (5, 10, 10)
+BLUR_SIGMA = (0.1, 2.0)
 
 INTERPOLATIONS = ("bicubic", "bilinear")
+RANDOM_INTERPOLATION = "random"
 ERASE_MODES = ("pixel", "rand", "const")
 
 
 class Op(IntEnum):
-    """RandAugment's fifteen operations; the comment says what the number beside one (`Draws.arg`) means."""
+    """RandAugment's fifteen operations, and the blur of ThreeAugment; the comment says what the number beside one
+    (`Draws.arg`) means."""
 
     AUTO_CONTRAST = 0  # unused
     EQUALIZE = 1  # unused
@@ -48,9 +52,14 @@ class Op(IntEnum):
     SHEAR_Y = 12  # source y moves by this times x
     TRANSLATE_X = 13  # source x moves by this fraction of the width
     TRANSLATE_Y = 14  # source y moves by this fraction of the height
+    GAUSSIAN_BLUR = 15  # standard deviation, pixels
 
 
 NO_OP = -1
+RAND_AUGMENT_OPS = 15
+WARPS = (Op.ROTATE, Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y)
+"""The operations that move pixels, and so interpolate."""
+JITTERED = (Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +78,14 @@ class RandAugment:
     """Take the operations whose strength grows with the level (`inc1`)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ThreeAugment:
+    """What `3a` says: one of solarizing, grey, blurring for each image (DeiT III, arXiv:2204.07118, section 3)."""
+
+    magnitude_std: float = 0.0
+    """As of RandAugment, around the levels 5 (solarize), 10 (grey) and 10 (blur)."""
+
+
 _RAND_AUGMENT_FIELDS: dict[str, tuple[str, Callable[[str], int | float | bool]]] = {
     "m": ("magnitude", int),
     "n": ("num_ops", int),
@@ -76,36 +93,41 @@ _RAND_AUGMENT_FIELDS: dict[str, tuple[str, Callable[[str], int | float | bool]]]
     "mstd": ("magnitude_std", float),
     "inc": ("increasing", lambda text: bool(int(text))),
 }
-_RAND_AUGMENT_HELP = (
-    "rand-m<0..10>[-n<operations>][-p<probability>][-mstd<deviation>][-inc<0|1>], such as rand-m9-mstd0.5-inc1, or null"
+_THREE_AUGMENT_FIELDS = {"mstd": _RAND_AUGMENT_FIELDS["mstd"]}
+_AUTO_AUGMENT_HELP = (
+    "rand-m<0..10>[-n<operations>][-p<probability>][-mstd<deviation>][-inc<0|1>], such as rand-m9-mstd0.5-inc1, "
+    "or 3a[-mstd<deviation>], or null"
 )
 
 
-def parse_rand_augment(text: str) -> RandAugment:
-    """Read a timm RandAugment string.
+def parse_auto_augment(text: str) -> RandAugment | ThreeAugment:
+    """Read timm's string for RandAugment or ThreeAugment.
 
     Raises:
-        UserError: it does not start with `rand`, has a part that is not understood, or a number out of range.
+        UserError: another policy, a part that is not understood, or a number out of range.
     """
 
     def refuse(why: str) -> UserError:
-        return UserError(f"augment.auto_augment must be {_RAND_AUGMENT_HELP}; got {text!r}: {why}")
+        return UserError(f"augment.auto_augment must be {_AUTO_AUGMENT_HELP}; got {text!r}: {why}")
 
     head, *parts = text.split("-")
-    if head != "rand":
+    if head not in ("rand", "3a"):
         raise refuse(f"it starts with {head!r}")
+    fields = _RAND_AUGMENT_FIELDS if head == "rand" else _THREE_AUGMENT_FIELDS
     values: dict[str, int | float | bool] = {}
     for part in parts:
         match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
-        if match is None or match[1] not in _RAND_AUGMENT_FIELDS:
-            raise refuse(f"part {part!r} is not one of {', '.join(_RAND_AUGMENT_FIELDS)} followed by a number")
-        name, convert = _RAND_AUGMENT_FIELDS[match[1]]
+        if match is None or match[1] not in fields:
+            raise refuse(f"part {part!r} is not one of {', '.join(fields)} followed by a number")
+        name, convert = fields[match[1]]
         try:
             values[name] = convert(match[2])
         except ValueError as error:
             raise refuse(f"{match[1]} takes a whole number, not {match[2]}") from error
     if values.get("magnitude_std", 0.0) > UNIFORM_ABOVE_STD:
         values["magnitude_std"] = math.inf
+    if head == "3a":
+        return ThreeAugment(magnitude_std=float(values.get("magnitude_std", 0.0)))
     spec = RandAugment(**values)  # type: ignore[arg-type]  # each value went through its field's own converter
     if not 0 <= spec.magnitude <= MAX_LEVEL:
         raise refuse("m must be in [0, 10]")
@@ -121,7 +143,9 @@ class AugmentConfig:
     """How training images are augmented. Validation images never are."""
 
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    """RandAugment in timm's notation, or null for none."""
+    """RandAugment or ThreeAugment (`3a`) in timm's notation, or null for none."""
+    color_jitter: float = 0.0
+    """Largest change of brightness, contrast and saturation, with 3a or null; idle beside RandAugment, as in timm."""
     crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
     """Smallest and largest area of the random crop, as a fraction of the image's area."""
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
@@ -129,7 +153,8 @@ class AugmentConfig:
     hflip_prob: float = 0.5
     """Probability of a left-right flip."""
     interpolation: str = "bicubic"
-    """Kernel of every resize, antialiased, for training and evaluation: bicubic or bilinear."""
+    """Kernel of every resize (antialiased) and warp: bicubic, bilinear, or random (either, drawn each time; evaluation
+    is bicubic then)."""
     erase_prob: float = 0.25
     """Probability that an image has rectangles erased."""
     erase_mode: str = "pixel"
@@ -147,7 +172,9 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         if self.auto_augment is not None:
-            parse_rand_augment(self.auto_augment)
+            parse_auto_augment(self.auto_augment)
+        if not 0 <= self.color_jitter <= 1:
+            raise UserError(f"augment.color_jitter must be in [0, 1]; got {self.color_jitter}")
         for name, highest in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
             bounds = getattr(self, name)
             if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] <= highest:
@@ -159,12 +186,33 @@ class AugmentConfig:
         for name in ("mixup_alpha", "cutmix_alpha"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"augment.{name} must be at least 0; got {getattr(self, name)}")
-        if self.interpolation not in INTERPOLATIONS:
-            raise UserError(f"augment.interpolation must be {' or '.join(INTERPOLATIONS)}; got {self.interpolation!r}")
+        one_of("augment.interpolation", self.interpolation, (*INTERPOLATIONS, RANDOM_INTERPOLATION))
         if self.erase_mode not in ERASE_MODES:
             raise UserError(f"augment.erase_mode must be one of {', '.join(ERASE_MODES)}; got {self.erase_mode!r}")
         if self.erase_count < 1:
             raise UserError(f"augment.erase_count must be at least 1 (erase_prob=0 is none); got {self.erase_count}")
+
+    @property
+    def policy(self) -> RandAugment | ThreeAugment | None:
+        """What `auto_augment` says."""
+        return None if self.auto_augment is None else parse_auto_augment(self.auto_augment)
+
+    @property
+    def jitters(self) -> bool:
+        """Whether colours are jittered."""
+        return self.color_jitter > 0 and not isinstance(self.policy, RandAugment)
+
+    @property
+    def num_ops(self) -> int:
+        """Columns of `Draws.op`."""
+        policy = self.policy
+        of_policy = policy.num_ops if isinstance(policy, RandAugment) else int(policy is not None)
+        return of_policy + len(JITTERED) * self.jitters
+
+    @property
+    def eval_interpolation(self) -> str:
+        """Kernel of evaluation's resize."""
+        return INTERPOLATIONS[0] if self.interpolation == RANDOM_INTERPOLATION else self.interpolation
 
 
 @dataclass(frozen=True)
@@ -178,6 +226,8 @@ class Draws:
     """The operations to carry out one after another, as `Op`; `NO_OP` where the coin said no."""
     arg: Float64[np.ndarray, "B n"]
     """The argument of each operation in its own unit, see `Op`."""
+    kernel: Int64[np.ndarray, "B n+1"]
+    """What the resize of the crop, and then each operation that warps, interpolates with: rows of `INTERPOLATIONS`."""
     erase: Int64[np.ndarray, "B R 4"]
     """Rectangles to erase: top, left, height, width in pixels of the crop; height 0 means none."""
 
@@ -186,7 +236,7 @@ class Draws:
 
     def take(self, rows: Int64[np.ndarray, " b"]) -> Draws:
         """The draws of some rows: a rank's share of the global batch."""
-        return Draws(self.crop[rows], self.flip[rows], self.op[rows], self.arg[rows], self.erase[rows])
+        return Draws(*(getattr(self, column.name)[rows] for column in fields(self)))
 
 
 def draw(config: AugmentConfig, image_px: int, rng: np.random.Generator, n: int) -> Draws:
@@ -199,25 +249,66 @@ def draw(config: AugmentConfig, image_px: int, rng: np.random.Generator, n: int)
     crop[..., 2:] = rng.random((n, CROP_ATTEMPTS, 2))
     flip = rng.random(n) < config.hflip_prob
     op, arg = _draw_ops(config, rng, n)
-    return Draws(crop, flip, op, arg, _draw_erase(config, image_px, rng, n))
+    erase = _draw_erase(config, image_px, rng, n)
+    return Draws(crop, flip, op, arg, _draw_kernel(config, rng, (n, op.shape[1] + 1)), erase)
 
 
-def _draw_ops(
-    config: AugmentConfig, rng: np.random.Generator, n: int
-) -> tuple[Int64[np.ndarray, "n k"], Float64[np.ndarray, "n k"]]:
-    if config.auto_augment is None:
-        return np.empty((n, 0), np.int64), np.empty((n, 0))
-    spec = parse_rand_augment(config.auto_augment)
-    shape = (n, spec.num_ops)
-    op = rng.integers(len(Op), size=shape)
-    applied = rng.random(shape) < spec.prob
-    if spec.magnitude_std == math.inf:
-        level = rng.uniform(0, spec.magnitude, size=shape)
-    else:
-        level = rng.normal(spec.magnitude, spec.magnitude_std, size=shape)
+def _draw_kernel(config: AugmentConfig, rng: np.random.Generator, shape: tuple[int, int]) -> Int64[np.ndarray, "n k"]:
+    if config.interpolation == RANDOM_INTERPOLATION:
+        return rng.integers(len(INTERPOLATIONS), size=shape)
+    return np.full(shape, INTERPOLATIONS.index(config.interpolation))
+
+
+Ops = tuple[Int64[np.ndarray, "n k"], Float64[np.ndarray, "n k"]]
+
+
+def _draw_ops(config: AugmentConfig, rng: np.random.Generator, n: int) -> Ops:
+    drawn: list[Ops] = [(np.empty((n, 0), np.int64), np.empty((n, 0)))]
+    policy = config.policy
+    if isinstance(policy, RandAugment):
+        drawn.append(_draw_rand_augment(policy, rng, n))
+    elif policy is not None:
+        drawn.append(_draw_three_augment(policy, rng, n))
+    if config.jitters:
+        drawn.append(_draw_jitter(config.color_jitter, rng, n))
+    op, arg = (np.concatenate(columns, axis=1) for columns in zip(*drawn, strict=True))
+    return op, arg
+
+
+def _draw_rand_augment(policy: RandAugment, rng: np.random.Generator, n: int) -> Ops:
+    shape = (n, policy.num_ops)
+    op = rng.integers(RAND_AUGMENT_OPS, size=shape)
+    applied = rng.random(shape) < policy.prob
+    level = _draw_level(policy.magnitude, policy.magnitude_std, rng, shape)
     sign = rng.choice(np.array([-1.0, 1.0]), size=shape)
-    arg = operation_argument(op, np.clip(level, 0, MAX_LEVEL), sign, spec.increasing)
+    arg = operation_argument(op, level, sign, policy.increasing)
     return np.where(applied, op, NO_OP), np.where(applied, arg, 0.0)
+
+
+def _draw_level(mean: float, std: float, rng: np.random.Generator, shape: tuple[int, ...]) -> Float64[np.ndarray, ...]:
+    if std == math.inf:
+        return rng.uniform(0, mean, size=shape)
+    return np.clip(rng.normal(mean, std, size=shape), 0, MAX_LEVEL)
+
+
+def _draw_three_augment(policy: ThreeAugment, rng: np.random.Generator, n: int) -> Ops:
+    kinds = np.array([Op.SOLARIZE, Op.COLOR, Op.GAUSSIAN_BLUR])
+    x = np.stack([_draw_level(mean, policy.magnitude_std, rng, (n,)) for mean in THREE_AUGMENT_LEVELS]) / MAX_LEVEL
+    args = np.stack(
+        [
+            np.minimum(256, np.trunc(x[0] * 256)),
+            0.5 - 0.5 * x[1],  # timm's desaturation, from one half at level 0 to grey at level 10
+            rng.uniform(BLUR_SIGMA[0], BLUR_SIGMA[1] * x[2]),
+        ]
+    )
+    kind = rng.integers(len(kinds), size=n)
+    return kinds[kind][:, None], args[kind, np.arange(n)][:, None]
+
+
+def _draw_jitter(strength: float, rng: np.random.Generator, n: int) -> Ops:
+    """As torchvision's `ColorJitter`: each factor uniform around 1, the three in any order."""
+    op = rng.permuted(np.tile(np.array(JITTERED), (n, 1)), axis=1)
+    return op, rng.uniform(1 - strength, 1 + strength, op.shape)
 
 
 def operation_argument(

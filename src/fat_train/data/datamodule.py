@@ -269,7 +269,7 @@ def picture_spec(config: DataConfig, augment: AugmentConfig | None) -> PictureSp
     return PictureSpec(
         image_px=config.image_px,
         eval_resize_px=config.eval_resize_px,
-        interpolation=DEFAULT_INTERPOLATION if augment is None else augment.interpolation,
+        interpolation=DEFAULT_INTERPOLATION if augment is None else augment.eval_interpolation,
         crop_ratio=ratio,
         fill=(red, green, blue),
     )

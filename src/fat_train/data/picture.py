@@ -15,11 +15,12 @@ from jaxtyping import UInt8
 from PIL import Image
 from timm.data import auto_augment
 
-from fat_train.augment.policy import NO_OP, Draws, Op, crop_box
+from fat_train.augment.policy import INTERPOLATIONS, NO_OP, Draws, Op, crop_box
 from fat_train.data.index import Place
 from fat_train.types import UserError
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+KERNELS = tuple(RESAMPLING[name] for name in INTERPOLATIONS)
 
 READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What PIL raises at a file that it cannot read, over all formats."""
@@ -40,6 +41,7 @@ _TIMM: dict[Op, tuple[Callable[..., Image.Image], type | None]] = {
     Op.SHEAR_Y: (auto_augment.shear_y, float),
     Op.TRANSLATE_X: (auto_augment.translate_x_rel, float),
     Op.TRANSLATE_Y: (auto_augment.translate_y_rel, float),
+    Op.GAUSSIAN_BLUR: (auto_augment.gaussian_blur, float),
 }
 assert len(_TIMM) == len(Op)
 
@@ -52,6 +54,7 @@ class PictureSpec:
     eval_resize_px: int
     """Shorter side before the centre crop of validation images."""
     interpolation: str
+    """Kernel of validation's resize; the kernels of training are drawn (`Draws.kernel`)."""
     crop_ratio: tuple[float, float]
     """`AugmentConfig.crop_ratio`; unused without draws."""
     fill: tuple[int, int, int]
@@ -88,23 +91,23 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def apply_op(image: Image.Image, op: Op, arg: float, spec: PictureSpec) -> Image.Image:
-    """Carry out one RandAugment operation with timm's own function."""
+def apply_op(image: Image.Image, op: Op, arg: float, kernel: int, spec: PictureSpec) -> Image.Image:
+    """Carry out one operation with timm's own function; a warp with row `kernel` of `INTERPOLATIONS`."""
     function, kind = _TIMM[op]
     arguments = () if kind is None else (kind(arg),)
-    return function(image, *arguments, fillcolor=spec.fill, resample=RESAMPLING[spec.interpolation])
+    return function(image, *arguments, fillcolor=spec.fill, resample=KERNELS[kernel])
 
 
 def train_picture(image: Image.Image, draws: Draws, row: int, spec: PictureSpec) -> UInt8[np.ndarray, "H W 3"]:
     """Crop, resize, flip and augment an RGB image as one row of `draws` says."""
     top, left, height, width = crop_box(draws.crop[row], image.height, image.width, spec.crop_ratio)
     image = image.crop((left, top, left + width, top + height))
-    image = image.resize((spec.image_px, spec.image_px), RESAMPLING[spec.interpolation])
+    image = image.resize((spec.image_px, spec.image_px), KERNELS[draws.kernel[row, 0]])
     if draws.flip[row]:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    for op, arg in zip(draws.op[row], draws.arg[row], strict=True):
+    for op, arg, kernel in zip(draws.op[row], draws.arg[row], draws.kernel[row, 1:], strict=True):
         if op != NO_OP:
-            image = apply_op(image, Op(op), arg, spec)
+            image = apply_op(image, Op(op), arg, kernel, spec)
     return np.array(image)
 
 

@@ -6,6 +6,7 @@ fed for it.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,13 +15,26 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
-from fat_train.augment.policy import CROP_ATTEMPTS, Draws
-from fat_train.data.dali.op import INTERPOLATION, Slot, Warp, branch_of, rand_augment, warp_matrix
+from fat_train.augment.policy import CROP_ATTEMPTS, AugmentConfig, Draws, RandAugment
+from fat_train.data.dali.host import ImageThreads, Stage, eval_stage, train_stages
+from fat_train.data.dali.op import (
+    INTERPOLATION,
+    PERSPECTIVE,
+    Slot,
+    Warp,
+    operation_table,
+    perspective,
+    rand_augment,
+    slot_of,
+    whole,
+    with_kernel,
+)
 from fat_train.data.picture import PictureSpec
 
 PATH = "path"
 CROP = "crop"
-FLIP = "flip"
+VIEW = "view"  # whether to flip, and the row of `INTERPOLATIONS` for the resize
+OPERATIONS = "operations"
 ROUNDING = 2.0**52  # adding it to a float64 and taking it away again rounds half to even, as Python does
 CENTRE = (
     0.5 - 2.0**-30
@@ -36,11 +50,19 @@ class Execution(NamedTuple):
     """CPU threads."""
     device_id: int | None
     """CUDA device that decodes and augments; None is the CPU."""
+    torch_ops: bool = True
+    """Whether a CPU leaves to torch what that does faster (`host.py`). Without it a CPU runs what a GPU runs."""
+
+    def image_threads(self, spec: PictureSpec) -> ImageThreads | None:
+        """The threads for torch's part, where it has one."""
+        if self.device_id is not None or not self.torch_ops:
+            return None
+        return ImageThreads(self.num_threads, spec.image_px, self.max_batch)
 
     @property
-    def on_gpu(self) -> bool:
-        """Whether pictures are made on a GPU."""
-        return self.device_id is not None
+    def decoder(self) -> str:
+        """DALI's name of where JPEGs are decoded."""
+        return "cpu" if self.device_id is None else "mixed"
 
     def arguments(self) -> dict[str, Any]:
         """What every DALI pipeline is told."""
@@ -54,17 +76,24 @@ class Execution(NamedTuple):
         }
 
 
-def build_train_pipeline(spec: PictureSpec, num_ops: int, execution: Execution) -> Pipeline:
-    """Build the pipeline that carries out `Draws` with `num_ops` columns; feed it `feed_draws` and `feed_paths`."""
-    pipeline = _train_graph(spec, num_ops, execution.on_gpu, **execution.arguments())
-    pipeline.build()
-    return pipeline
+def build_train_pipeline(spec: PictureSpec, augment: AugmentConfig, execution: Execution) -> Pipeline:
+    """Build the pipeline that carries out draws of `augment`; feed it `feed_draws` and `feed_paths`."""
+    threads = execution.image_threads(spec)
+    stages = [] if threads is None else train_stages(spec, augment, threads)
+    return _built(_train_graph(spec, augment, stages, execution.decoder, **execution.arguments()), threads)
 
 
 def build_eval_pipeline(spec: PictureSpec, execution: Execution) -> Pipeline:
     """Build the pipeline of validation; feed it `feed_paths`."""
-    pipeline = _eval_graph(spec, execution.on_gpu, **execution.arguments())
+    threads = execution.image_threads(spec)
+    stage = None if threads is None else eval_stage(spec, threads)
+    return _built(_eval_graph(spec, stage, execution.decoder, **execution.arguments()), threads)
+
+
+def _built(pipeline: Pipeline, threads: ImageThreads | None) -> Pipeline:
     pipeline.build()
+    if threads is not None:
+        weakref.finalize(pipeline, threads.close)
     return pipeline
 
 
@@ -78,12 +107,9 @@ def feed_draws(pipeline: Pipeline, draws: Draws, spec: PictureSpec) -> None:
     batch = len(draws)
     central = np.broadcast_to(np.array([*spec.crop_ratio, CENTRE, CENTRE]), (batch, 1, 4))
     pipeline.feed_input(CROP, np.concatenate([draws.crop, central], axis=1))
-    pipeline.feed_input(FLIP, draws.flip.astype(np.float32))
-    for slot in range(draws.op.shape[1]):
-        op, arg = draws.op[:, slot], draws.arg[:, slot]
-        pipeline.feed_input(f"branch{slot}", branch_of(op))
-        pipeline.feed_input(f"arg{slot}", arg.astype(np.float32))
-        pipeline.feed_input(f"matrix{slot}", warp_matrix(op, arg, spec.image_px))
+    pipeline.feed_input(VIEW, np.stack([draws.flip, draws.kernel[:, 0]], axis=1).astype(np.float32))
+    if draws.op.shape[1]:
+        pipeline.feed_input(OPERATIONS, operation_table(draws, spec.image_px))
 
 
 def _as_bytes(path: str) -> UInt8[np.ndarray, " length"]:
@@ -91,45 +117,80 @@ def _as_bytes(path: str) -> UInt8[np.ndarray, " length"]:
 
 
 @pipeline_def(enable_conditionals=True)
-def _train_graph(spec: PictureSpec, num_ops: int, on_gpu: bool) -> DataNode:
+def _train_graph(spec: PictureSpec, augment: AugmentConfig, stages: list[Stage], decoder: str) -> DataNode:
     encoded = _encoded()
     candidates = fn.external_source(name=CROP, dtype=types.FLOAT64, ndim=2)  # [11, 4]
-    flip = fn.external_source(name=FLIP, dtype=types.FLOAT, ndim=0)
     corner, size = crop_box_nodes(candidates, encoded)
-    images = fn.decoders.image_slice(
+    crops = fn.decoders.image_slice(
         encoded,
         fn.cast(corner, dtype=types.INT32),
         fn.cast(size, dtype=types.INT32),
         axes=[0, 1],
         normalized_anchor=False,
         normalized_shape=False,
-        device="mixed" if on_gpu else "cpu",
+        device=decoder,
         output_type=types.RGB,
         adjust_orientation=False,
     )
+    view = fn.external_source(name=VIEW, dtype=types.FLOAT, ndim=1)
+    if stages:
+        return _with_torch(crops, view, spec, augment, stages)
     extent = fn.cast(size, dtype=types.FLOAT)
-    images = fn.resize(
-        images,
+    images = with_kernel(
+        augment.interpolation, whole(view[1]), lambda kernel: _flipped_resize(crops, extent, view[0], kernel, spec)
+    )
+    if augment.num_ops:
+        images = rand_augment(images, _slots(_table(), augment), Warp(augment.interpolation, spec.fill))
+    return images
+
+
+def _flipped_resize(crops: DataNode, extent: DataNode, flip: DataNode, kernel: Any, spec: PictureSpec) -> DataNode:
+    return fn.resize(
+        crops,
         size=[spec.image_px, spec.image_px],
-        interp_type=INTERPOLATION[spec.interpolation],
+        interp_type=kernel,
         antialias=True,
         roi_start=fn.stack(0.0 * flip, extent[1] * flip),  # a region whose end lies before its start is mirrored
         roi_end=fn.stack(extent[0], extent[1] * (1.0 - flip)),
     )
-    slots = [_slot(number) for number in range(num_ops)]
-    return rand_augment(images, slots, Warp(spec.interpolation, spec.fill))
+
+
+def _with_torch(
+    crops: DataNode, view: DataNode, spec: PictureSpec, augment: AugmentConfig, stages: list[Stage]
+) -> DataNode:
+    first, *further = stages
+    if not augment.num_ops:
+        return _host(first, crops, view)
+    table = _table()
+    if not isinstance(augment.policy, RandAugment):
+        return _host(first, crops, view, table)
+    warp, slots = Warp(augment.interpolation, spec.fill), _slots(table, augment)
+    images = _rotated_or_sheared(_host(first, crops, view, table[:1]), slots[0], warp)
+    for number, stage in enumerate(further, 1):
+        images = _rotated_or_sheared(_host(stage, images, table[number : number + 1]), slots[number], warp)
+    return images
+
+
+def _rotated_or_sheared(images: DataNode, slot: Slot, warp: Warp) -> DataNode:
+    if slot.branch == PERSPECTIVE:
+        images = perspective(images, slot, warp)
+    return images
+
+
+def _host(function: Stage, *inputs: DataNode) -> DataNode:
+    return fn.python_function(*inputs, function=function, batch_processing=True, num_outputs=1, output_layouts="HWC")
 
 
 @pipeline_def
-def _eval_graph(spec: PictureSpec, on_gpu: bool) -> DataNode:
+def _eval_graph(spec: PictureSpec, stage: Stage | None, decoder: str) -> DataNode:
     encoded = _encoded()
+    images = fn.decoders.image(encoded, device=decoder, output_type=types.RGB, adjust_orientation=False)
+    if stage is not None:
+        return _host(stage, images)
     size = _size_of(encoded)
     resized = math.floor(size * float(spec.eval_resize_px) / math.min(size[0], size[1]))
     corner = _round((resized - float(spec.image_px)) * 0.5)
     scale = size / resized
-    images = fn.decoders.image(
-        encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False
-    )
     # Resizing the centre alone gives the pixels that resizing the whole and cutting the centre out gives.
     return fn.resize(
         images,
@@ -145,12 +206,12 @@ def _encoded() -> DataNode:
     return fn.io.file.read(fn.external_source(name=PATH, dtype=types.UINT8, ndim=1))
 
 
-def _slot(number: int) -> Slot:
-    return Slot(
-        fn.external_source(name=f"branch{number}", dtype=types.INT32, ndim=0),
-        fn.external_source(name=f"arg{number}", dtype=types.FLOAT, ndim=0),
-        fn.external_source(name=f"matrix{number}", dtype=types.FLOAT, ndim=2),
-    )
+def _table() -> DataNode:
+    return fn.external_source(name=OPERATIONS, dtype=types.FLOAT, ndim=2)
+
+
+def _slots(table: DataNode, augment: AugmentConfig) -> list[Slot]:
+    return [slot_of(table[number]) for number in range(augment.num_ops)]
 
 
 def _size_of(encoded: DataNode) -> DataNode:

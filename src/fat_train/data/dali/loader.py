@@ -13,7 +13,7 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
-from fat_train.augment.policy import AugmentConfig, parse_rand_augment
+from fat_train.augment.policy import AugmentConfig
 from fat_train.data.dali.graph import Execution, build_eval_pipeline, build_train_pipeline, feed_draws, feed_paths
 from fat_train.data.index import FileIndex, Place
 from fat_train.data.loader import Loader, Planned
@@ -100,9 +100,7 @@ class DaliLoader(Loader):
         execution = Execution(self.order.batch_per_device, self.num_threads, self.device_id)
         if self.augment is None:
             return build_eval_pipeline(self.spec, execution)
-        text = self.augment.auto_augment
-        num_ops = 0 if text is None else parse_rand_augment(text).num_ops
-        return build_train_pipeline(self.spec, num_ops, execution)
+        return build_train_pipeline(self.spec, self.augment, execution)
 
     def _discard(self) -> None:
         self._pipeline = None

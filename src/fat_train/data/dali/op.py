@@ -1,4 +1,6 @@
-"""RandAugment's operations in DALI, by PIL's formulas.
+"""The operations of RandAugment and ThreeAugment in DALI, by PIL's formulas: what a GPU runs.
+
+A CPU takes rotations and shears from here and has the others from `fat_train.data.dali.host_op`.
 
 PIL's colour operations end in a truncation, DALI's conversions in a rounding; `TRUNCATE` makes one of the other.
 What is left of a difference to PIL is measured in `tests/data/test_dali_op.py`.
@@ -7,38 +9,59 @@ What is left of a difference to PIL is measured in `tests/data/test_dali_op.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from enum import IntEnum
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int32, Int64
+from jaxtyping import Float32, Float64, Int64
 from nvidia.dali import fn, math, types
 from nvidia.dali.data_node import DataNode
 
-from fat_train.augment.policy import NO_OP, Op
+from fat_train.augment.policy import INTERPOLATIONS, NO_OP, Draws, Op
 
 TRUNCATE = -0.4998  # less than half, so that the float error of a whole number does not take it a level down
 MAX_UINT8 = 255.0
 
 INTERPOLATION = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
-WARPS = (Op.ROTATE, Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y)
+BILINEAR = INTERPOLATIONS.index("bilinear")
 SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
 
+class Column(IntEnum):
+    """What stands where in a row of the table of operations that a pipeline is fed."""
+
+    OP = 0  # as `Op`
+    ARG = 1  # as `Draws.arg`
+    KERNEL = 2  # row of `INTERPOLATIONS`
+    BRANCH = 3  # index into `BRANCHES`, or `NO_OP`
+    MATRIX = 4  # 3×3, output to source pixels; of use where the branch is a warp
+
+
 class Slot(NamedTuple):
-    """What one of RandAugment's operations does to each image: nodes of the graph, one value an image."""
+    """What one of an image's operations does to it: a row of the table as nodes."""
 
     branch: DataNode
-    """Index into `BRANCHES`, or `NO_OP`."""
     arg: DataNode
-    """As `Draws.arg`."""
     matrix: DataNode
-    """3×3, output to source pixels; of use where the branch is the warp."""
+    kernel: DataNode
+
+
+def slot_of(row: DataNode) -> Slot:
+    """Take a row of the table apart."""
+    matrix = fn.reshape(row[Column.MATRIX : Column.MATRIX + 9], shape=[3, 3])
+    return Slot(whole(row[Column.BRANCH]), row[Column.ARG], matrix, whole(row[Column.KERNEL]))
+
+
+def whole(number: DataNode) -> DataNode:
+    """Make an integer of it: DALI 2.4 takes no float for equal to -1, not even -1.0."""
+    return fn.cast(number, dtype=types.INT32)
 
 
 class Warp(NamedTuple):
     """How warps interpolate and what they draw in from outside."""
 
     interpolation: str
+    """`AugmentConfig.interpolation`."""
     fill: tuple[int, int, int]
 
 
@@ -114,15 +137,39 @@ def _sharpness(images: DataNode, slot: Slot, _warp: Warp) -> DataNode:
     return fn.cat(images[:1], middle, images[-1:], axis=0)
 
 
-def _perspective(images: DataNode, slot: Slot, warp: Warp) -> DataNode:
+def perspective(images: DataNode, slot: Slot, warp: Warp) -> DataNode:
+    """Warp each image by its matrix."""
+    return with_kernel(warp.interpolation, slot.kernel, lambda kernel: _warped(images, slot, warp, kernel))
+
+
+def _translate(images: DataNode, slot: Slot, warp: Warp) -> DataNode:
+    return perspective(images, slot, warp)  # a branch of its own, since a CPU does these by other means
+
+
+def with_kernel(interpolation: str, kernel: DataNode, make: Callable[[Any], DataNode]) -> DataNode:
+    """Call `make` with DALI's kernel; where it is drawn, each image goes through the one with its own."""
+    if interpolation in INTERPOLATION:
+        return make(INTERPOLATION[interpolation])
+    if kernel == BILINEAR:  # noqa: SIM108  # DALI's conditionals are statements
+        made = make(types.INTERP_LINEAR)
+    else:
+        made = make(types.INTERP_CUBIC)
+    return made
+
+
+def _warped(images: DataNode, slot: Slot, warp: Warp, kernel: Any) -> DataNode:
     # `warp_affine` knows neither cubic interpolation nor a fill of three channels.
     return fn.experimental.warp_perspective(
         images,
         _beside(images, slot.matrix),
-        interp_type=INTERPOLATION[warp.interpolation],
+        interp_type=kernel,
         border_mode="constant",
         fill_value=[float(level) for level in warp.fill],
     )
+
+
+def _gaussian_blur(images: DataNode, slot: Slot, _warp: Warp) -> DataNode:
+    return fn.gaussian_blur(images, sigma=slot.arg)
 
 
 def _beside(images: DataNode, values: DataNode) -> DataNode:
@@ -160,33 +207,44 @@ _LOWERING: dict[Op, Callable[[DataNode, Slot, Warp], DataNode]] = {
     Op.CONTRAST: _contrast,
     Op.BRIGHTNESS: _brightness,
     Op.SHARPNESS: _sharpness,
-} | dict.fromkeys(WARPS, _perspective)
+    Op.ROTATE: perspective,
+    Op.SHEAR_X: perspective,
+    Op.SHEAR_Y: perspective,
+    Op.TRANSLATE_X: _translate,
+    Op.TRANSLATE_Y: _translate,
+    Op.GAUSSIAN_BLUR: _gaussian_blur,
+}
 
 BRANCHES = tuple(dict.fromkeys(_LOWERING[op] for op in Op))
-"""What an image can be sent through; the five warps differ in their matrix alone and share one."""
+"""What an image can be sent through; warps differ in their matrix alone and share one."""
+PERSPECTIVE = BRANCHES.index(perspective)
 
 _BRANCH_OF_OP = np.array([BRANCHES.index(_LOWERING[op]) for op in Op], np.int32)
 
 
-def branch_of(op: Int64[np.ndarray, " B"]) -> Int32[np.ndarray, " B"]:
-    """Look up the index into `BRANCHES` of each image's operation."""
-    return np.where(op == NO_OP, np.int32(NO_OP), _BRANCH_OF_OP[op])
+def operation_table(draws: Draws, image_px: int) -> Float32[np.ndarray, "B n columns"]:
+    """Write out what each image's operations need, see `Column`."""
+    op, arg = draws.op, draws.arg
+    branch = np.where(op == NO_OP, NO_OP, _BRANCH_OF_OP[op])
+    matrix = warp_matrix(op, arg, image_px).reshape(*op.shape, 9)
+    head = np.stack([op, arg, draws.kernel[:, 1:], branch], axis=-1)
+    return np.concatenate([head, matrix], axis=-1).astype(np.float32)
 
 
 def warp_matrix(
-    op: Int64[np.ndarray, " B"], arg: Float64[np.ndarray, " B"], image_px: int
-) -> Float32[np.ndarray, "B 3 3"]:
+    op: Int64[np.ndarray, "B n"], arg: Float64[np.ndarray, "B n"], image_px: int
+) -> Float64[np.ndarray, "B n 3 3"]:
     """Build the matrix from output to source pixels of each warp, as PIL's `rotate` and timm's shears have it.
 
     The origin is the corner of the first pixel; where the operation is no warp the matrix is the identity.
     """
-    matrix = np.tile(np.eye(3), (len(op), 1, 1))
+    matrix = np.tile(np.eye(3), (*op.shape, 1, 1))
     angle = np.deg2rad(np.where(op == Op.ROTATE, -arg, 0.0))
     cos, sin, centre = np.cos(angle), np.sin(angle), image_px / 2
-    matrix[:, 0, 0] = matrix[:, 1, 1] = cos
-    matrix[:, 0, 1], matrix[:, 1, 0] = sin, -sin
-    matrix[:, 0, 2] = centre - (cos + sin) * centre
-    matrix[:, 1, 2] = centre - (cos - sin) * centre
+    matrix[..., 0, 0] = matrix[..., 1, 1] = cos
+    matrix[..., 0, 1], matrix[..., 1, 0] = sin, -sin
+    matrix[..., 0, 2] = centre - (cos + sin) * centre
+    matrix[..., 1, 2] = centre - (cos - sin) * centre
     for member, row, column, scale in (
         (Op.SHEAR_X, 0, 1, 1),
         (Op.SHEAR_Y, 1, 0, 1),
@@ -194,4 +252,4 @@ def warp_matrix(
         (Op.TRANSLATE_Y, 1, 2, image_px),
     ):
         matrix[op == member, row, column] = arg[op == member] * scale
-    return matrix.astype(np.float32)
+    return matrix
