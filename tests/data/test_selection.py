@@ -191,7 +191,7 @@ def test_an_impossible_share_is_refused(field: str, value: object, message: str)
 @pytest.mark.parametrize("field", ["class_list", "exclude", "subset"])
 def test_a_list_that_is_not_there_is_named_with_its_setting(found: Found, tmp_path: Path, field: str) -> None:
     with pytest.raises(
-        MissingPathError, match=rf"data\.{field} must be null, .*; got nowhere\.txt, which is not there"
+        MissingPathError, match=rf"data\.{field} must be null, .*; got 'nowhere\.txt', which is not there"
     ):
         select(found, Choice(**{field: "nowhere.txt"}))
     with pytest.raises(UserError, match=rf"data\.{field} must be null, .*, which is a folder"):
@@ -208,13 +208,18 @@ def test_a_list_that_is_not_there_is_named_with_its_setting(found: Found, tmp_pa
         ),
         ("class_list", ["{ant}"], "begins like JSON and is not: Expecting"),
         ("class_list", ["# nothing"], "names no class"),
+        ("exclude", ["PK\0"], r"data\.exclude must be null, .*, which is not text"),
         ("subset", ["ant_0.JPEG", "ant_900.JPEG", "z"], r"2 of its 3 names are no training image: ant_900\.JPEG, z"),
         ("subset", ["dog/ant_0.JPEG"], r"did you mean ant/ant_0\.JPEG\?"),
         ("subset", ["ant_0.JPEG"], r"leaves 2 classes without a training image: bee, cat; data\.class_list=<file>"),
         ("exclude", ["ant/ant_0.JPEG"], r"none of its 1 names is an image .* did you mean train/ant/ant_0\.JPEG\?"),
         ("exclude", ["train/ant/ant_0.JPG"], r"; did you mean train/ant/ant_\d+\.JPEG\?"),
         ("exclude", ["n01/x"], r"; names here are like train/ant/ant_0\.JPEG"),
-        ("exclude", ["train/cat/cat_0.JPEG"], r"data\.exclude leaves 1 classes without a training image: cat"),
+        (
+            "exclude",
+            ["train/cat/cat_0.JPEG"],
+            r"data\.exclude=.*list\.txt leaves 1 classes without a training image: cat",
+        ),
         (
             "exclude",
             [f"val/{n}/{n}_{k}.JPEG" for n in CLASSES for k in range(4)],

@@ -95,11 +95,11 @@ def select(found: Mapping[str, FileIndex], choice: Choice) -> Chosen:
         notes.append(_exclude(choice.exclude, found, keep))
     if "train" in found:
         train, kept = found["train"], keep["train"]
-        _require_images(train, kept, names, "data.exclude")
+        _require_images(train, kept, names, f"data.exclude={choice.exclude}")
         if choice.subset is not None:
             before = int(kept.sum())
             kept &= _subset(choice.subset, train, kept)
-            _require_images(train, kept, names, "data.subset")
+            _require_images(train, kept, names, f"data.subset={choice.subset}")
             notes.append(f"data.subset={choice.subset}: {kept.sum():,} of {before:,} training images")
     splits = {split: _narrowed(index, keep[split], names) for split, index in found.items()}
     for split, index in splits.items():
@@ -280,10 +280,13 @@ def _read_names(setting: str, file: str, allowed: str) -> set[str]:
 def _read(setting: str, file: str, allowed: str) -> str:
     path = Path(file).expanduser()
     if not path.exists():
-        raise MissingPathError(f"{setting} must be {allowed}; got {file}, which is not there")
+        raise MissingPathError(f"{setting} must be {allowed}; got {file!r}, which is not there")
     if not path.is_file():
-        raise UserError(f"{setting} must be {allowed}; got {file}, which is a folder")
-    return path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        raise UserError(f"{setting} must be {allowed}; got {file!r}, which is a folder")
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    if "\0" in text:
+        raise UserError(f"{setting} must be {allowed}; got {file!r}, which is not text")
+    return text
 
 
 def _lines(text: str) -> Iterator[str]:
