@@ -8,6 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from fat_train.augment.policy import AugmentConfig
+from fat_train.config.resolve import resolve
 from fat_train.data import datamodule
 from fat_train.data.datamodule import (
     DigitsDataConfig,
@@ -19,8 +20,9 @@ from fat_train.data.datamodule import (
     open_data,
     picture_spec,
 )
+from fat_train.data.index import SPLITS
 from fat_train.data.torch_folder import TorchLoader
-from fat_train.types import UserError
+from fat_train.types import MissingPathError, UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)
 
@@ -78,6 +80,8 @@ def test_what_is_asked_for_and_cannot_be_had_is_refused(
         ("backend", "ffcv"),
         ("decode", "tpu"),
         ("num_workers", -1),
+        ("subset", "0"),
+        ("holdout", 1.0),
     ],
 )
 def test_an_impossible_value_is_refused_by_name(field: str, value: object) -> None:
@@ -136,3 +140,41 @@ def test_a_source_describes_itself_in_one_line(picture_root: Path) -> None:
     source = open_data(FolderDataConfig(root=str(picture_root)))
     assert source.describe() == (f"imagenet: 21 training and 15 validation images of 3 classes in {picture_root}")
     assert source.fingerprint != open_data(SyntheticDataConfig(num_images=21, num_val_images=15)).fingerprint
+
+
+def test_a_source_says_what_was_chosen_of_its_images(picture_root: Path) -> None:
+    source = open_data(FolderDataConfig(root=str(picture_root), subset="0.5", holdout=0.25))
+    assert source.describe().split("\n") == [
+        f"imagenet (0.25 of train/ held out): 9 training and 3 validation images of 3 classes in {picture_root}",
+        "data.subset=0.5: 12 of 21 training images",
+        "data.holdout=0.25: 3 images of train/ validate and do not train; val/ is not looked at",
+    ]
+    assert source.held_out
+    assert source.fingerprint != open_data(FolderDataConfig(root=str(picture_root), subset="0.5")).fingerprint
+
+
+def test_a_share_may_be_typed_as_a_number() -> None:
+    for written in (0.01, "0.01", 1e-2):
+        assert resolve({"subset": written}, FolderDataConfig, where="data").subset == "0.01"
+
+
+def test_the_split_that_is_not_needed_need_not_be_there(picture_root: Path, tmp_path: Path) -> None:
+    for split in SPLITS:
+        (tmp_path / split).mkdir()
+        (tmp_path / split / split).symlink_to(picture_root / split)
+    held_out = FolderDataConfig(root=str(tmp_path / "train"), holdout=0.2)
+    source = open_data(held_out)
+    assert (len(source.train), len(source.val)) == (18, 3)
+    assert held_out.open_val().val.fingerprint == source.val.fingerprint
+    assert len(FolderDataConfig(root=str(tmp_path / "val"), subset="nowhere.txt").open_val().val) == 15
+    for wrong in (
+        FolderDataConfig(root=str(tmp_path / "train")),
+        FolderDataConfig(root=str(tmp_path / "val"), holdout=0.2),
+    ):
+        with pytest.raises(MissingPathError, match="is missing, found"):
+            open_data(wrong)
+
+
+def test_the_digits_can_be_chosen_from_as_well(digits_cache: Path) -> None:
+    source = open_data(DigitsDataConfig(subset="0.1", holdout=0.1))
+    assert (len(source.train), len(source.val), source.num_classes) == (130, 13, 10)

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from fat_train.data.index import FileIndex, scan_pair
+from fat_train.data.index import FileIndex
+from fat_train.data.layout import scan_pair
 from fat_train.report.dataset import FATAL, NOTABLE, DatasetReport, inspect_image, scan_dataset
 
 TURNED = Image.Exif()

@@ -96,6 +96,7 @@ def run(tree: DictConfig) -> None:
     facts = machine_facts(config.root, _root(config, source))
     console.print(machine_table(facts))
     say(f"configuration  {config.name}: good")
+    say("data           " + source.describe().replace("\n", "\n" + " " * 15))
     for line in plan.lines():
         say(line)
     found: dict[str, Any] = {"machine": facts, "plan": plan.__dict__}

@@ -14,8 +14,7 @@ from fat_train.command.assemble import build_task, refuse_idle_ranks
 from fat_train.command.say import say
 from fat_train.config.resolve import refuse_unknown, resolve
 from fat_train.config.run import GROUPS, Problems, RunConfig, plain, resolve_run
-from fat_train.data.datamodule import DataSource, FolderDataConfig, open_data
-from fat_train.data.index import scan_folder
+from fat_train.data.datamodule import DataSource
 from fat_train.trainer.build import build_trainer
 from fat_train.trainer.loaders import RunLoaders
 from fat_train.trainer.module import ValidationModule
@@ -55,6 +54,10 @@ def run(tree: DictConfig) -> list[dict[str, Any]]:
     _refuse_other_classes(about, source, checkpoint)
     say(f"checkpoint     {checkpoint} ({about['model']}, {about['num_classes']} classes)")
     say(f"data           {source.name}: {len(source.val):,} images of {len(source.val.classes):,} classes")
+    for note in source.notes:
+        say(f"               {note}")
+    if source.held_out:
+        _say_what_was_held_out(about, source)
     kinds = ["raw", "ema"] if settings.weights == "both" else [settings.weights]
     return [_evaluate(kind, checkpoint, config, source, settings.batch_size) for kind in kinds]
 
@@ -82,19 +85,11 @@ def _open(values: dict[str, Any], about: dict[str, Any]) -> tuple[RunConfig, Dat
     problems.raise_if_any()
     assert config is not None
     problems.catch(config.trainer.refuse_impossible)
-    source = problems.catch(lambda: _open_val(config))
+    source = problems.catch(config.data.open_val)
     problems.raise_if_any()
     assert source is not None
     refuse_idle_ranks(config.trainer, source)
     return config, source
-
-
-def _open_val(config: RunConfig) -> DataSource:
-    """The validation images; a folder needs no train/ beside them."""
-    if not isinstance(config.data, FolderDataConfig):
-        return open_data(config.data)
-    val = scan_folder(config.data.root, "val")
-    return DataSource(config.data.name, val, val)
 
 
 def _refuse_other_classes(about: dict[str, Any], source: DataSource, checkpoint: Path) -> None:
@@ -107,6 +102,12 @@ def _refuse_other_classes(about: dict[str, Any], source: DataSource, checkpoint:
         pairs = zip(about["classes"], source.val.classes, strict=True)
         old, new = next((old, new) for old, new in pairs if old != new)
         say(f"warning        the classes' names differ from those in training (first: {old} there, {new} here)")
+
+
+def _say_what_was_held_out(about: dict[str, Any], source: DataSource) -> None:
+    say("               data.holdout=0 evaluates on val/")
+    if about["data"]["val"] != source.val.fingerprint:
+        say("warning        these are not the images that were held out in training: it may have seen some of them")
 
 
 def _evaluate(kind: str, checkpoint: Path, config: RunConfig, source: DataSource, batch_size: int) -> dict[str, Any]:

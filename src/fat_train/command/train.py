@@ -113,9 +113,22 @@ def _finished_updates(start: Path, config: RunConfig, source: DataSource, plan: 
             f"{start} was trained with {about.get('steps_per_epoch')} updates an epoch; this configuration has "
             f"{plan.steps_per_epoch} ({plan.train_images} images, trainer.global_batch={plan.global_batch}). {ways_out}"
         )
-    if about.get("data") != _fingerprints(source):
-        say(f"warning        the list of images has changed since {start}: the order of the rest of the run is another")
+    _compare_lists(start, about.get("data", {}), source, ways_out)
     return int(saved["global_step"])
+
+
+def _compare_lists(start: Path, saved: dict[str, str], source: DataSource, ways_out: str) -> None:
+    """Other lists of images are the user's affair, unless a run would be validated on what it has trained on."""
+    lists = _fingerprints(source)
+    if source.held_out and saved.get("val") != lists["val"]:
+        raise UserError(
+            f"{start} has trained on images that data.holdout would now hold out: its own held-out images were others, "
+            f"or none. {ways_out}"
+        )
+    if saved.get("train") != lists["train"]:
+        say(f"warning        the training images are not those of {start}: the order of the rest of the run is another")
+    if saved.get("val") != lists["val"]:
+        say(f"warning        the validation images are not those of {start}: accuracies do not compare with its own")
 
 
 def _provenance(values: dict[str, Any], config: RunConfig, source: DataSource, plan: RunPlan) -> dict[str, Any]:
@@ -137,7 +150,7 @@ def _announce(
 ) -> None:
     """Say what is about to happen, each derived number with its formula."""
     say(f"run            {config.name} in {folder.root}")
-    say(f"data           {source.describe()}")
+    say("data           " + source.describe().replace("\n", "\n" + " " * 15))
     if not isinstance(config.data, SyntheticDataConfig):
         backend = choose_backend(config.data.backend, device_of(config), config.data.decode)
         say(f"               {backend.reason}")

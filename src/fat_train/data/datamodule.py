@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 
 from fat_train.augment.policy import AugmentConfig
 from fat_train.data.digits import digits_root
-from fat_train.data.index import SPLITS, FileIndex, scan_pair
+from fat_train.data.index import SPLITS, FileIndex
+from fat_train.data.layout import scan_splits
 from fat_train.data.loader import Loader
 from fat_train.data.order import Order
 from fat_train.data.picture import PictureSpec
+from fat_train.data.selection import Choice, select
 from fat_train.data.synthetic import SyntheticLoader, synthetic_index
 from fat_train.data.torch_folder import TorchLoader
 from fat_train.types import UserError
@@ -66,22 +70,49 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderDataConfig(DataConfig):
-    """Images in train/<class>/ and val/<class>/: ImageNet, or anything laid out like it."""
+class FilesDataConfig(DataConfig, Choice, ABC):
+    """Images that lie on disk, of which some may be chosen."""
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        Choice.__post_init__(self)
+
+    @abstractmethod
+    def folder(self) -> str | None:
+        """Where the images lie."""
+
+    def open(self) -> DataSource:
+        """List the images; `scan_splits` and `select` say what is refused. With a holdout val/ need not be there."""
+        return self._source(("train",) if self.holdout else SPLITS)
+
+    def open_val(self) -> DataSource:
+        """List what is validated on, twice; train/ need not be there, unless the validation images come out of it."""
+        source = self._source(("train",) if self.holdout else ("val",))
+        return replace(source, train=source.val)
+
+    def _source(self, splits: Sequence[str]) -> DataSource:
+        chosen = select(dict(zip(splits, scan_splits(self.folder(), splits), strict=True)), self)
+        name = f"{self.name} ({self.holdout:g} of train/ held out)" if self.holdout else self.name
+        val = chosen.splits["val"]
+        return DataSource(name, chosen.splits.get("train", val), val, tuple(chosen.notes), held_out=self.holdout > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderDataConfig(FilesDataConfig):
+    """ImageNet, or anything laid out like it: see `fat_train.data.layout` for how it may lie."""
 
     name: str = "imagenet"
     """Name in logs and tables."""
     root: str | None = None
-    """Folder that holds train/ and val/."""
+    """Folder that holds train/ and val/, or what Kaggle's archive unpacks to."""
 
-    def open(self) -> DataSource:
-        """List the images, see `scan_pair` for what is refused."""
-        train, val = scan_pair(self.root)
-        return DataSource(self.name, train, val)
+    def folder(self) -> str | None:
+        """What the user gave."""
+        return self.root
 
 
 @dataclass(frozen=True, kw_only=True)
-class DigitsDataConfig(DataConfig):
+class DigitsDataConfig(FilesDataConfig):
     """scikit-learn's scanned digits as a folder of JPEG files."""
 
     name: str = "digits"
@@ -91,10 +122,9 @@ class DigitsDataConfig(DataConfig):
     eval_resize_px: int = 64
     """Shorter side before the centre crop of validation, pixels."""
 
-    def open(self) -> DataSource:
-        """Write the files where they are not there yet, and list them."""
-        train, val = scan_pair(str(digits_root()))
-        return DataSource(self.name, train, val)
+    def folder(self) -> str:
+        """Our own, where the files are written if they are not there yet."""
+        return str(digits_root())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +154,10 @@ class SyntheticDataConfig(DataConfig):
         )
         return DataSource(self.name, train, val)
 
+    def open_val(self) -> DataSource:
+        """The same: naming costs nothing."""
+        return self.open()
+
 
 @dataclass(frozen=True)
 class DataSource:
@@ -132,6 +166,10 @@ class DataSource:
     name: str
     train: FileIndex
     val: FileIndex
+    notes: tuple[str, ...] = ()
+    """What was chosen of the images found, a line a setting."""
+    held_out: bool = False
+    """Whether the validation images are some of train/."""
 
     @property
     def num_classes(self) -> int:
@@ -144,11 +182,12 @@ class DataSource:
         return hashlib.sha256(f"{self.train.fingerprint} {self.val.fingerprint}".encode()).hexdigest()
 
     def describe(self) -> str:
-        """One line for the log: name, counts, place."""
-        return (
+        """For the log: a line with name, counts and place, and one for each choice that was made."""
+        counts = (
             f"{self.name}: {len(self.train):,} training and {len(self.val):,} validation images "
             f"of {self.num_classes:,} classes in {self.train.root.parent}"
         )
+        return "\n".join((counts, *self.notes))
 
 
 class Backend(NamedTuple):
@@ -166,7 +205,7 @@ def open_data(config: FolderDataConfig | DigitsDataConfig | SyntheticDataConfig)
     """List the images of a data set, and check what was listed.
 
     Raises:
-        UserError: see `fat_train.data.index.scan_pair`.
+        UserError: see `fat_train.data.layout.scan_pair` and `fat_train.data.selection.select`.
     """
     return config.open()
 
