@@ -254,6 +254,7 @@ def test_a_string_that_is_not_understood_is_refused_with_what_is_allowed(text: s
         ("cutmix_minmax", [0.8, 0.3]),
         ("cutmix_minmax", [0.3]),
         ("cutmix_minmax", [0.3, 1.2]),
+        ("repeats", 0),
     ],
 )
 def test_an_impossible_value_is_refused_by_name(field: str, value: object) -> None:

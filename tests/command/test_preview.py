@@ -46,7 +46,7 @@ def test_captions_of_pictures_with_weights_of_their_own_say_each() -> None:
 def test_pairs_and_single_pictures_mixed_on_their_own_fill_a_sheet(
     tmp_path: Path, digits_cache: Path, mode: str
 ) -> None:
-    words = ["preview", "experiment=digits", "augment=deit", "count=4"]
+    words = ["preview", "experiment=digits", "augment=deit", "count=4", "augment.repeats=2"]
     for name in ("batch", mode):
         assert main([*words, f"augment.mix_mode={name}", f"out={tmp_path / name}.png"]) == 0
     assert (tmp_path / f"{mode}.png").read_bytes() != (tmp_path / "batch.png").read_bytes()

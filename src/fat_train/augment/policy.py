@@ -151,6 +151,8 @@ class AugmentConfig:
     """Probability that a batch (pair, image: see mix_mode) is mixed at all."""
     mix_switch_prob: float = 0.5
     """Probability of cutmix rather than mixup where both are on."""
+    repeats: int = 1
+    """Times that an image comes in an epoch, each augmented on its own; an epoch then shows 1/repeats of the images."""
 
     def __post_init__(self) -> None:
         if self.auto_augment is not None:
@@ -182,6 +184,8 @@ class AugmentConfig:
         sides = self.cutmix_minmax
         if sides is not None and (len(sides) != 2 or not 0 <= sides[0] < sides[1] <= 1):
             raise UserError(f"augment.cutmix_minmax must be [low, high] with 0 <= low < high <= 1 or null; got {sides}")
+        if self.repeats < 1:
+            raise UserError(f"augment.repeats must be at least 1; got {self.repeats}")
 
 
 @dataclass(frozen=True)
