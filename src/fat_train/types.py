@@ -65,7 +65,8 @@ class Labels(NamedTuple):
 
     first: Int[Tensor, " B"]
     second: Int[Tensor, " B"]
-    weight: float
+    weight: float | Float[Tensor, " B"]
+    """One number where the batch shares it: the host then knows it, and leaves out what a weight of 1 does not need."""
 
 
 class Pyramid(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fat_train.augment.device import erase, to_input, to_pixels
+from fat_train.augment.device import box_mask, erase, to_input, to_pixels
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -51,3 +51,12 @@ def test_pixel_mode_fills_with_unit_normal_noise_and_rand_mode_with_one_colour()
 def test_several_rectangles_are_erased() -> None:
     erased = erase(torch.full((1, 3, 8, 8), 9.0), torch.tensor([[[0, 0, 2, 2], [6, 6, 2, 2]]]), "const")
     assert (erased == 0).sum() == 3 * 8
+
+
+def test_a_mask_is_its_box_and_an_empty_box_is_nowhere() -> None:
+    boxes = [(1, 2, 4, 5), (0, 0, 6, 7), (3, 3, 3, 6), (2, 4, 5, 4)]
+    mask = box_mask(torch.tensor(boxes, dtype=torch.float32), 6, 7)
+    for one, (top, left, bottom, right) in zip(mask[:, 0], boxes, strict=True):
+        expected = torch.zeros(6, 7, dtype=torch.bool)
+        expected[top:bottom, left:right] = True
+        assert torch.equal(one, expected)

@@ -217,10 +217,16 @@ def test_the_crop_where_no_attempt_fits_is_torchvisions_central_one(height: int,
 
 
 @pytest.mark.usefixtures("seeded")
-@pytest.mark.parametrize("count", [1, 3])
-def test_erased_rectangles_are_drawn_as_timm_draws_them(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    px, boxes = 64, []
-    eraser = RandomErasing(probability=0.25, max_count=count, min_count=1)
+@pytest.mark.parametrize(
+    ("count", "area", "ratio"),
+    [(1, [0.02, 1 / 3], 0.3), (3, [0.02, 1 / 3], 0.3), (1, [0.3, 1.0], 0.2), (4, [0.1, 0.9], 0.8), (2, [0.2, 0.2], 1)],
+)
+def test_erased_rectangles_are_drawn_as_timm_draws_them(
+    count: int, area: list[float], ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many (timm's min_count 1 to max_count), how large, of which shape, and where."""
+    px, images, boxes = 64, 20_000, []
+    eraser = RandomErasing(0.7, min_area=area[0], max_area=area[1], min_aspect=ratio, min_count=1, max_count=count)
 
     class Canvas:
         def __setitem__(self, place: tuple[slice, slice, slice], _value: object) -> None:
@@ -228,19 +234,21 @@ def test_erased_rectangles_are_drawn_as_timm_draws_them(count: int, monkeypatch:
             boxes[-1].append((rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start))
 
     monkeypatch.setattr("timm.data.random_erasing._get_pixels", lambda *_, **__: None)
-    for _ in range(DRAWN):
+    for _ in range(images):
         boxes.append([])
         eraser._erase(Canvas(), 3, px, px, None)
-    ours = table(AugmentConfig(erase_prob=0.25, erase_count=count), image_px=px).erase
-    assert ours.shape == (DRAWN, count, 4)
+    recipe = AugmentConfig(auto_augment=None, erase_prob=0.7, erase_count=count, erase_area=area, erase_ratio=ratio)
+    ours = table(recipe, images, px).erase
+    assert ours.shape == (images, count, 4)
     their_number = Counter(len(image) for image in boxes)
     our_number = Counter((ours[..., 2] > 0).sum(axis=1).tolist())
     numbers = np.array([[their_number[k], our_number[k]] for k in range(count + 1)])
     assert stats.chi2_contingency(numbers).pvalue > SIGNIFICANT
-    theirs = np.array([box for image in boxes for box in image])
+    theirs, ours = np.array([box for image in boxes for box in image]), ours[ours[..., 2] > 0]
     for column, name in enumerate(("top", "left", "height", "width")):
-        drawn = ours[ours[..., 2] > 0][:, column]
-        assert stats.ks_2samp(theirs[:, column], drawn).pvalue > SIGNIFICANT, name
+        assert stats.ks_2samp(theirs[:, column], ours[:, column]).pvalue > SIGNIFICANT, name
+    for of_size in (np.multiply, np.divide):  # area, and height / width
+        assert stats.ks_2samp(*(of_size(drawn[:, 2], drawn[:, 3]) for drawn in (theirs, ours))).pvalue > SIGNIFICANT
 
 
 def test_flips_come_with_their_probability() -> None:
@@ -323,6 +331,15 @@ def test_a_string_that_is_not_understood_is_refused_with_what_is_allowed(text: s
         ("color_jitter", 1.5),
         ("erase_mode", "black"),
         ("erase_count", 0),
+        ("erase_area", [0.0, 0.3]),
+        ("erase_area", [0.3, 1.1]),
+        ("erase_ratio", 0.0),
+        ("erase_ratio", 2.0),
+        ("mix_mode", "half"),
+        ("cutmix_minmax", [0.8, 0.3]),
+        ("cutmix_minmax", [0.3]),
+        ("cutmix_minmax", [0.3, 1.2]),
+        ("repeats", 0),
     ],
 )
 def test_an_impossible_value_is_refused_by_name(field: str, value: object) -> None:

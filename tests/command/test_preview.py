@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
@@ -34,3 +35,18 @@ def test_captions_say_both_labels_and_their_weights() -> None:
     labels = Labels(torch.tensor([0, 1]), torch.tensor([1, 0]), 0.7)
     assert captions_of(labels, ("cat", "dog")) == ["0.70 cat\n0.30 dog", "0.70 dog\n0.30 cat"]
     assert captions_of(labels._replace(weight=1.0), ("cat", "dog")) == ["cat", "dog"]
+
+
+def test_captions_of_pictures_with_weights_of_their_own_say_each() -> None:
+    labels = Labels(torch.tensor([0, 1, 2]), torch.tensor([2, 1, 0]), torch.tensor([0.7, 1.0, 0.25]))
+    assert captions_of(labels, ("cat", "dog", "eel")) == ["0.70 cat\n0.30 eel", "dog", "0.25 eel\n0.75 cat"]
+
+
+@pytest.mark.parametrize("mode", ["pair", "elem"])
+def test_pairs_and_single_pictures_mixed_on_their_own_fill_a_sheet(
+    tmp_path: Path, digits_cache: Path, mode: str
+) -> None:
+    words = ["preview", "experiment=digits", "augment=deit", "count=4", "augment.repeats=2"]
+    for name in ("batch", mode):
+        assert main([*words, f"augment.mix_mode={name}", f"out={tmp_path / name}.png"]) == 0
+    assert (tmp_path / f"{mode}.png").read_bytes() != (tmp_path / "batch.png").read_bytes()

@@ -32,6 +32,7 @@ def loader_of(request: pytest.FixtureRequest, picture_root: Path) -> LoaderOf:
         root: Path = picture_root,
         num_workers: int = int(request.param == "dali"),
         batch_per_device: int = 3,
+        repeats: int = 1,
         **kwargs: int,
     ) -> Loader:
         config = FolderDataConfig(
@@ -39,7 +40,7 @@ def loader_of(request: pytest.FixtureRequest, picture_root: Path) -> LoaderOf:
         )
         source = open_data(config)
         index = source.train if split == "train" else source.val
-        augment = AugmentConfig() if split == "train" else None
+        augment = AugmentConfig(repeats=repeats) if split == "train" or repeats > 1 else None
         return build_loader(config, index, split, augment, batch_per_device=batch_per_device, **kwargs)
 
     return build
@@ -105,6 +106,23 @@ def test_a_restored_loader_goes_on_with_the_very_next_batch(loader_of: LoaderOf,
     assert_equal(rest, whole[position:])
     assert restored.state_dict() == {"epoch": 3, "batch": 7}
     assert_equal(list(restored), whole)
+
+
+def test_copies_of_an_image_are_cropped_each_on_its_own(loader_of: LoaderOf) -> None:
+    (batch,) = list(loader_of(batch_per_device=21, repeats=3))
+    rows = sorted(set(batch.indices.tolist()))
+    assert len(rows) == 7
+    for row in rows:
+        copies = batch.images[batch.indices == row]
+        assert len(copies) == 3
+        assert not any(torch.equal(copies[one], copies[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_repeats_pass_validation_by_and_resume_within_an_epoch(loader_of: LoaderOf) -> None:
+    assert sorted(row for batch in loader_of("val", repeats=3) for row in batch.indices.tolist()) == list(range(15))
+    whole, restored = list(loader_of(repeats=3)), loader_of(repeats=3)
+    restored.load_state_dict({"epoch": 0, "batch": 4})
+    assert_equal(list(restored), whole[4:])
 
 
 def test_epochs_differ_and_an_epoch_repeats_itself(loader_of: LoaderOf) -> None:

@@ -37,6 +37,18 @@ def test_erasing_comes_before_mixing() -> None:
     assert torch.equal(images, torch.zeros_like(images))
 
 
+@pytest.mark.parametrize("mode", ["pair", "elem"])
+def test_pictures_can_have_mixes_of_their_own(mode: str) -> None:
+    recipe = task(mix_mode=mode, erase_mode="const")
+    images, labels = recipe.prepare(batch([[0, 0, 0, 0]]), KEY)
+    plain, _ = task(mix_prob=0.0).prepare(batch([[0, 0, 0, 0]]), KEY)
+    assert len(labels.weight.unique()) == (2 if mode == "pair" else 4)
+    assert all(not torch.equal(*pair) for pair in zip(images, plain, strict=True))
+    first, again = (recipe.train_step(batch([[0, 0, 0, 0]]), KEY).loss for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, recipe.train_step(batch([[0, 0, 0, 0]]), KEY._replace(rank=1)).loss)
+
+
 def test_the_same_place_in_the_run_gives_the_same_step_and_another_place_another() -> None:
     recipe = task(erase_mode="const")
     first, again = (recipe.train_step(batch([[0, 0, 0, 0]]), KEY).loss for _ in range(2))

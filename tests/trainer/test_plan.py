@@ -62,3 +62,17 @@ def test_each_derived_number_is_printed_with_its_formula() -> None:
 def test_an_impossible_split_is_refused_with_what_would_do(images: int, settings: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):
         plan(images, **settings)
+
+
+def test_repeats_leave_the_updates_alone_and_are_said() -> None:
+    run = plan_run(TrainerConfig(devices=8), AdamWConfig(), CosineConfig(), train_images=IMAGENET, repeats=3)
+    assert run.total_steps == plan(devices=8).total_steps
+    assert "repeats        427008 images an epoch, each 3 times, augmented each time" in run.lines()
+    assert not any("repeats" in line for line in plan(devices=8).lines())
+
+
+def test_more_repeats_than_a_global_batch_holds_are_refused_before_anything_starts() -> None:
+    with pytest.raises(
+        UserError, match=r"augment\.repeats must be at least 1 and at most trainer\.global_batch=8.*got 9"
+    ):
+        plan_run(TrainerConfig(global_batch=8), AdamWConfig(), CosineConfig(), train_images=100, repeats=9)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 
 
@@ -48,14 +48,19 @@ def erase(images: Float[Tensor, "B C H W"], boxes: Int[Tensor, "B R 4"], mode: s
     """
     _, channels, height, width = images.shape
     for box in boxes.unbind(1):  # R is the recipe's count, 1 as a rule
-        top, left, tall, wide = (column[:, None] for column in box.unbind(1))  # each [B, 1]
-        y = torch.arange(height, device=images.device)
-        x = torch.arange(width, device=images.device)
-        rows = (y >= top) & (y < top + tall)  # [B, H]
-        columns = (x >= left) & (x < left + wide)  # [B, W]
-        mask = (rows[:, :, None] & columns[:, None, :])[:, None]  # [B, 1, H, W]
-        images = torch.where(mask, _fill(images, mode, channels), images)
+        corners = torch.cat([box[:, :2], box[:, :2] + box[:, 2:]], dim=1)
+        images = torch.where(box_mask(corners, height, width), _fill(images, mode, channels), images)
     return images
+
+
+def box_mask(corners: Shaped[Tensor, "B 4"], height: int, width: int) -> Bool[Tensor, "B 1 H W"]:
+    """Where each picture's box is, from its (top, left, bottom, right) in pixels; nowhere if that encloses nothing."""
+    top, left, bottom, right = (column[:, None] for column in corners.unbind(1))  # each [B, 1]
+    y = torch.arange(height, device=corners.device)
+    x = torch.arange(width, device=corners.device)
+    rows = (y >= top) & (y < bottom)  # [B, H]
+    columns = (x >= left) & (x < right)  # [B, W]
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
 def _fill(images: Tensor, mode: str, channels: int) -> Tensor:

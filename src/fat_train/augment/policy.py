@@ -21,8 +21,6 @@ from fat_train.types import UserError, one_of
 
 CROP_ATTEMPTS = 10
 ERASE_ATTEMPTS = 10
-ERASE_AREA = (0.02, 1 / 3)
-ERASE_MIN_RATIO = 0.3
 MAX_LEVEL = 10.0
 UNIFORM_ABOVE_STD = 100.0
 THREE_AUGMENT_LEVELS = (5, 10, 10)
@@ -31,6 +29,7 @@ BLUR_SIGMA = (0.1, 2.0)
 INTERPOLATIONS = ("bicubic", "bilinear")
 RANDOM_INTERPOLATION = "random"
 ERASE_MODES = ("pixel", "rand", "const")
+MIX_MODES = ("batch", "pair", "elem")
 
 
 class Op(IntEnum):
@@ -161,21 +160,31 @@ class AugmentConfig:
     """Fill of an erased rectangle: pixel (normal noise each pixel), rand (one normal colour), const (the mean)."""
     erase_count: int = 1
     """Most rectangles erased in an image; the number is uniform from 1, and they share the area."""
+    erase_area: list[float] = field(default_factory=lambda: [0.02, 1 / 3])
+    """Smallest and largest area that is erased in an image, as a fraction of it, before its rectangles share it."""
+    erase_ratio: float = 0.3
+    """Smallest height/width of an erased rectangle; the largest is its inverse."""
     mixup_alpha: float = 0.8
     """Both parameters of the Beta distribution of mixup's weight; 0 turns mixup off."""
     cutmix_alpha: float = 1.0
     """Both parameters of the Beta distribution of cutmix's weight; 0 turns cutmix off."""
+    cutmix_minmax: list[float] | None = None
+    """Bounds of the sides of cutmix's box, as fractions of the picture's; turns cutmix on, whatever cutmix_alpha."""
+    mix_mode: str = "batch"
+    """What shares a draw of mixup or cutmix: the batch, a pair (images that are mixed with each other), or elem."""
     mix_prob: float = 1.0
-    """Probability that a batch is mixed at all."""
+    """Probability that a batch (pair, image: see mix_mode) is mixed at all."""
     mix_switch_prob: float = 0.5
     """Probability of cutmix rather than mixup where both are on."""
+    repeats: int = 1
+    """Times that an image comes in an epoch, each augmented on its own; an epoch then shows 1/repeats of the images."""
 
     def __post_init__(self) -> None:
         if self.auto_augment is not None:
             parse_auto_augment(self.auto_augment)
         if not 0 <= self.color_jitter <= 1:
             raise UserError(f"augment.color_jitter must be in [0, 1]; got {self.color_jitter}")
-        for name, highest in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
+        for name, highest in (("crop_scale", 1.0), ("crop_ratio", math.inf), ("erase_area", 1.0)):
             bounds = getattr(self, name)
             if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] <= highest:
                 limit = "" if highest == math.inf else f" <= {highest:g}"
@@ -191,6 +200,18 @@ class AugmentConfig:
             raise UserError(f"augment.erase_mode must be one of {', '.join(ERASE_MODES)}; got {self.erase_mode!r}")
         if self.erase_count < 1:
             raise UserError(f"augment.erase_count must be at least 1 (erase_prob=0 is none); got {self.erase_count}")
+        if not 0 < self.erase_ratio <= 1:
+            raise UserError(f"augment.erase_ratio must be in (0, 1]; got {self.erase_ratio}")
+        self._check_batches()
+
+    def _check_batches(self) -> None:
+        if self.mix_mode not in MIX_MODES:
+            raise UserError(f"augment.mix_mode must be one of {', '.join(MIX_MODES)}; got {self.mix_mode!r}")
+        sides = self.cutmix_minmax
+        if sides is not None and (len(sides) != 2 or not 0 <= sides[0] < sides[1] <= 1):
+            raise UserError(f"augment.cutmix_minmax must be [low, high] with 0 <= low < high <= 1 or null; got {sides}")
+        if self.repeats < 1:
+            raise UserError(f"augment.repeats must be at least 1; got {self.repeats}")
 
     @property
     def policy(self) -> RandAugment | ThreeAugment | None:
@@ -351,9 +372,10 @@ def _draw_erase(config: AugmentConfig, image_px: int, rng: np.random.Generator, 
     erased = rng.random(n) < config.erase_prob
     count = rng.integers(1, boxes, size=n, endpoint=True)
     attempts = (n, boxes, ERASE_ATTEMPTS)
-    area_px = rng.uniform(*ERASE_AREA, size=attempts) * image_px**2 / count[:, None, None]
-    log_ratio = math.log(ERASE_MIN_RATIO)
-    ratio = np.exp(rng.uniform(log_ratio, -log_ratio, size=attempts))
+    smallest, largest = config.erase_area
+    area_px = rng.uniform(smallest, largest, size=attempts) * image_px**2 / count[:, None, None]
+    log_ratio = abs(math.log(config.erase_ratio))
+    ratio = np.exp(rng.uniform(-log_ratio, log_ratio, size=attempts))
     place = rng.random((n, boxes, 2))
     size = np.rint(np.sqrt(np.stack([area_px * ratio, area_px / ratio], axis=-1)))  # [n, R, 10, 2] height, width
     fits = (size < image_px).all(axis=-1)

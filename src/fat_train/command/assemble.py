@@ -89,6 +89,7 @@ def plan_of(config: RunConfig, source: DataSource) -> RunPlan:
         config.optim,
         config.schedule,
         train_images=len(source.train),
+        repeats=config.augment.repeats,
         max_steps_per_epoch=config.debug.max_steps_per_epoch,
     )
 

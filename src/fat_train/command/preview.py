@@ -84,9 +84,10 @@ def run(tree: DictConfig) -> Path:
 def captions_of(labels: Labels, classes: tuple[str, ...]) -> list[str]:
     """Two lines under each picture: its own label with λ, and what was mixed in with 1 − λ."""
     lines = []
-    for first, second in zip(labels.first.tolist(), labels.second.tolist(), strict=True):
-        if labels.weight >= 1:
+    weights = torch.as_tensor(labels.weight).expand(len(labels.first)).tolist()  # one a picture, or one for all
+    for first, second, weight in zip(labels.first.tolist(), labels.second.tolist(), weights, strict=True):
+        if weight >= 1:
             lines.append(classes[first])
         else:
-            lines.append(f"{labels.weight:.2f} {classes[first]}\n{1 - labels.weight:.2f} {classes[second]}")
+            lines.append(f"{weight:.2f} {classes[first]}\n{1 - weight:.2f} {classes[second]}")
     return lines

@@ -272,7 +272,8 @@ def build_loader(
         device: where the model is; None means the CPU.
 
     Raises:
-        UserError: fewer training images than a global batch, or a back end that cannot be had.
+        UserError: fewer training images than a global batch, more copies of an image (`augment.repeats`) than fit into
+            one, or a back end that cannot be had.
     """
     assert split in SPLITS
     train = split == "train"
@@ -284,6 +285,7 @@ def build_loader(
         world_size=world_size,
         seed=seed,
         train=train,
+        repeats=augment.repeats if train and augment is not None else 1,
     )
     recipe = augment if train else None
     if isinstance(config, SyntheticDataConfig):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -39,6 +40,12 @@ class CrossEntropy:
     def __call__(self, logits: Float[Tensor, "B K"], labels: Labels) -> Float[Tensor, ""]:
         """Mean over the batch, in float32 whatever the autocast type."""
         logits = logits.float()
+        if isinstance(labels.weight, Tensor):
+            first, second = (
+                F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing, reduction="none")
+                for targets in (labels.first, labels.second)
+            )
+            return torch.lerp(second, first, labels.weight).mean()
         loss = F.cross_entropy(logits, labels.first, label_smoothing=self.label_smoothing)
         if labels.weight < 1:
             other = F.cross_entropy(logits, labels.second, label_smoothing=self.label_smoothing)

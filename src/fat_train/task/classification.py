@@ -57,15 +57,8 @@ class Classification:
         erases the mixture)."""
         images = to_input(batch.images, self.mean, self.std)
         images = erase(images, batch.erase, self.augment.erase_mode)
-        drawn = draw_mix(
-            key.rng(MIX_STREAM),
-            images.shape[2],
-            images.shape[3],
-            mixup_alpha=self.augment.mixup_alpha,
-            cutmix_alpha=self.augment.cutmix_alpha,
-            prob=self.augment.mix_prob,
-            switch_prob=self.augment.mix_switch_prob,
-        )
+        number, _, height, width = images.shape
+        drawn = draw_mix(self.augment, key.rng(MIX_STREAM), number, height, width)
         return mix(images, batch.targets, drawn)
 
     def train_step(self, batch: Batch, key: StepKey) -> StepOutput:

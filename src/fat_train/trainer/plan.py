@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fat_train.data.order import refuse_scattered_copies
 from fat_train.optim.adamw import AdamWConfig
 from fat_train.schedule.cosine import CosineConfig
 from fat_train.trainer.build import TrainerConfig
@@ -22,6 +23,7 @@ class RunPlan:
     accumulate: int
     world_size: int
     train_images: int
+    repeats: int
     steps_per_epoch: int
     epochs: int
     total_steps: int
@@ -38,9 +40,12 @@ class RunPlan:
         why = (
             "cut short by debug.max_steps_per_epoch" if self.shortened else "the rest waits for the next epoch's order"
         )
+        distinct = -(-self.steps_per_epoch * self.global_batch // self.repeats)
+        repeated = f"repeats        {distinct} images an epoch, each {self.repeats} times, augmented each time"
         return [
             f"global batch   {self.global_batch} = {self.batch_per_device} images x {self.world_size} devices "
             f"x {self.accumulate} accumulated",
+            *([repeated] if self.repeats > 1 else []),
             f"updates        {self.total_steps} = {self.epochs} epochs x {self.steps_per_epoch} ({epoch}, {why})",
             f"learning rate  {self.warmup_lr:.3e} -> {self.lr:.3e} in {self.warmup_steps} updates "
             f"-> {self.min_lr:.3e} ({self.rate_formula}, the others alike)",
@@ -53,6 +58,7 @@ def plan_run(
     schedule: CosineConfig,
     *,
     train_images: int,
+    repeats: int = 1,
     max_steps_per_epoch: int = 0,
 ) -> RunPlan:
     """Split the global batch over devices and accumulation, and scale the rates to it.
@@ -62,10 +68,11 @@ def plan_run(
         optim: the rate and the number of images that it is given for.
         schedule: epochs and rates, in human units.
         train_images: pictures in the training set.
+        repeats: times that one of them comes in an epoch (`AugmentConfig.repeats`).
         max_steps_per_epoch: cut epochs short (debugging); 0 does not.
 
     Raises:
-        UserError: the global batch does not divide over the devices, or the set is smaller than it.
+        UserError: the global batch does not divide over the devices, is larger than the set, or smaller than `repeats`.
     """
     world_size = trainer.devices * trainer.num_nodes
     accumulate = _accumulation(trainer.global_batch, world_size, trainer.max_batch_per_device)
@@ -75,6 +82,7 @@ def plan_run(
             f"trainer.global_batch={trainer.global_batch} is more than the {train_images} images of the training set; "
             f"give trainer.global_batch={_largest_multiple(train_images, world_size)} or less"
         )
+    refuse_scattered_copies(repeats, trainer.global_batch)
     shortened = 0 < max_steps_per_epoch < steps_per_epoch
     if shortened:
         steps_per_epoch = max_steps_per_epoch
@@ -85,6 +93,7 @@ def plan_run(
         accumulate=accumulate,
         world_size=world_size,
         train_images=train_images,
+        repeats=repeats,
         steps_per_epoch=steps_per_epoch,
         epochs=schedule.epochs,
         total_steps=schedule.epochs * steps_per_epoch,
