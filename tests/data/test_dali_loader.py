@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,10 @@ def test_epochs_share_one_pipeline_and_its_threads_end_with_the_loader(picture_r
         next(iter(loader))
         assert threads() == during
     del loader
-    assert threads() == before
+    deadline = time.monotonic() + 10
+    while threads() > before and time.monotonic() < deadline:  # torch's threads are told to end, not waited for
+        time.sleep(0.01)
+    assert threads() <= before
 
 
 def test_a_file_that_dali_alone_refuses_is_named_too(

@@ -37,7 +37,7 @@ def write_atomically(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            file.write(text.encode())
+            file.write(text.encode(errors="surrogateescape"))  # names of files may be any bytes
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 

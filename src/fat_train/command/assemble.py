@@ -63,7 +63,7 @@ def refuse_idle_ranks(trainer: TrainerConfig, source: DataSource) -> None:
         )
 
 
-def path_of_out(out: str, ending: str) -> Path:
+def path_of_out(out: str, ending: str, key: str = "out") -> Path:
     """Where a command's result goes; found out before the work, not after it, if it cannot be written there.
 
     Raises:
@@ -72,7 +72,7 @@ def path_of_out(out: str, ending: str) -> Path:
     path = Path(out).expanduser()
     parents = [parent for parent in path.parents if parent.exists()]
     if path.suffix != ending or path.is_dir() or not parents[0].is_dir():
-        raise UserError(f"out={out} must be a file that ends in {ending}, in a folder that is there or can be made")
+        raise UserError(f"{key}={out} must be a file that ends in {ending}, in a folder that is there or can be made")
     return path
 
 

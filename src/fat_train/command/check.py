@@ -18,9 +18,10 @@ from fat_train.checkpoint.io import write_atomically
 from fat_train.command.assemble import build_training, open_run, path_of_out, plan_of, split_settings
 from fat_train.command.say import is_rank_zero, say
 from fat_train.config.run import RunConfig, plain
-from fat_train.data.datamodule import DataSource, SyntheticDataConfig
-from fat_train.report.dataset import DatasetReport, scan_dataset
+from fat_train.data.datamodule import DataSource, FilesDataConfig, SyntheticDataConfig
+from fat_train.report.dataset import DatasetReport, exclude_list, scan_dataset
 from fat_train.report.machine import estimate, machine_facts, machine_table
+from fat_train.report.scan_cache import ScanCache
 from fat_train.trainer.build import available_cores, build_trainer
 from fat_train.trainer.plan import RunPlan
 from fat_train.types import Batch, UserError
@@ -39,6 +40,8 @@ class CheckSettings:
     """Seconds of training to time; 0 times nothing."""
     out: str = "runs/check.json"
     """Where everything that was found is kept, every path included."""
+    exclude_out: str | None = "runs/exclude.txt"
+    """Where images that stop or spoil training are listed, for data.exclude; null writes no list."""
 
     def __post_init__(self) -> None:
         if self.seconds < 0:
@@ -87,6 +90,7 @@ def run(tree: DictConfig) -> None:
     """
     settings, values = split_settings(plain(tree), CheckSettings)
     out = path_of_out(settings.out, ".json")
+    list_file = None if settings.exclude_out is None else path_of_out(settings.exclude_out, ".txt", "exclude_out")
     config, source = open_run(values)
     plan = plan_of(config, source)
     if not is_rank_zero():  # started by rank 0 to take part in the timing
@@ -102,8 +106,13 @@ def run(tree: DictConfig) -> None:
     found: dict[str, Any] = {"machine": facts, "plan": plan.__dict__}
 
     report = _scan(source, console) if settings.read_files and _root(config, source) else None
+    remedy = "mend or remove them"
     if report is not None:
         found["data"] = report.as_dict()
+        if report.excluded() and list_file is not None and isinstance(config.data, FilesDataConfig):
+            remedy = f"mend them, or leave them out with data.exclude={list_file}"
+            count = _write_list(list_file, report, config.data.exclude)
+            say(f"leave out      {count:,} images, listed in {list_file}: add data.exclude={list_file} to the run")
     trainable = report is None or report.is_trainable
     if settings.seconds and trainable:
         say(f"timing         {settings.seconds:g} s of training ...")
@@ -113,7 +122,7 @@ def run(tree: DictConfig) -> None:
     write_atomically(out, json.dumps(found, indent=1))
     say(f"details        {out}")
     if not trainable:
-        raise UserError("the data set has files that training cannot read (named above): replace or remove them")
+        raise UserError(f"the data set has images that would stop training (named above): {remedy}")
 
 
 def images_per_second(config: RunConfig, source: DataSource, plan: RunPlan, seconds: float) -> float:
@@ -145,8 +154,17 @@ def _root(config: RunConfig, source: DataSource) -> Path | None:
     return None if isinstance(config.data, SyntheticDataConfig) else source.train.root.parent
 
 
+def _write_list(file: Path, report: DatasetReport, in_force: str | None) -> int:
+    """Write the list of images to leave out, those of the list in force included; returns how many were added to it."""
+    old = "" if in_force is None else Path(in_force).expanduser().read_text(errors="surrogateescape")
+    images = report.excluded()
+    write_atomically(file, exclude_list(images, old))
+    return len(images)
+
+
 def _scan(source: DataSource, console: Console) -> DatasetReport:
-    report = scan_dataset(source.train, source.val, workers=available_cores(), console=console)
+    cache = ScanCache(source.train.root.parent)
+    report = scan_dataset(source.train, source.val, workers=available_cores(), console=console, cache=cache)
     console.print(report.table())
     for line in report.lines():
         say(line)

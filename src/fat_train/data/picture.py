@@ -16,6 +16,7 @@ from PIL import Image
 from timm.data import auto_augment
 
 from fat_train.augment.policy import INTERPOLATIONS, NO_OP, Draws, Op, crop_box
+from fat_train.data.agreement import disagreement
 from fat_train.data.index import Place
 from fat_train.types import UserError
 
@@ -70,20 +71,26 @@ def read_rgb(place: Place) -> Image.Image:
     """Decode an image and convert it to RGB; an EXIF orientation is not applied.
 
     Raises:
-        UserError: it is missing, truncated or no image.
+        UserError: it is missing, truncated or no image, or DALI would make another picture of it.
     """
     try:
+        encoded = place.read()
         # PIL warns of odd metadata that do not touch the pixels; a training log is no place for them.
         with (
             warnings.catch_warnings(action="ignore", category=UserWarning),
-            Image.open(io.BytesIO(place.read())) as image,
+            Image.open(io.BytesIO(encoded)) as image,
         ):
-            return image.convert("RGB")
+            different = disagreement(image, encoded)
+            picture = image.convert("RGB")
     except READ_ERRORS as error:
-        raise unreadable(place, _reason(error)) from error
+        raise unreadable(place, reason_of(error)) from error
+    if different:
+        raise unreadable(place, different)
+    return picture
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why an image could not be read, in words for its owner."""
     if isinstance(error, FileNotFoundError):
         return "the file is not there any more"
     if isinstance(error, Image.UnidentifiedImageError):

@@ -1,52 +1,36 @@
-"""A look at every file of a data set before a long run does it."""
+"""What is in a data set, and which of its images a long run would stumble over."""
 
 from __future__ import annotations
 
-import multiprocessing
-import warnings
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torchvision.datasets.folder import find_classes
 
-from fat_train.data.index import FileIndex
+from fat_train.data.index import SPLITS, FileIndex
+from fat_train.report.inspection import EXCLUDED, KINDS, STOPPING
+from fat_train.report.scan import Scan, copies, scan_index
+from fat_train.report.scan_cache import ScanCache
 
 IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000}
 IMAGENET_CLASSES = 1000
-SHORT_SIDE_AT_LEAST_PX = 32
 FAR_FROM_MEDIAN = 2.0
-CHUNK = 64
 SHOWN_AT_MOST = 5
-
-FATAL = {
-    "zero_bytes": "empty files",
-    "unreadable": "cannot be decoded to the end",
-}
-"""Faults that stop a training run, and what they are."""
-NOTABLE = {
-    "not_rgb": "not RGB of 8 bits (they are converted)",
-    "exif_turned": "lie turned, and say so in their EXIF orientation",
-    "tiny": f"short side under {SHORT_SIDE_AT_LEAST_PX} px",
-    "wrong_extension": "another format than the name says",
-}
-"""Peculiarities that a run lives with, and what they are."""
-ORIENTATION_TAG = 0x0112
-"""EXIF's number of the orientation; 1 is upright."""
 
 
 class Finding(NamedTuple):
-    """One thing about one file."""
+    """One thing about one image."""
 
     kind: str
-    """A key of `FATAL` or `NOTABLE`."""
+    """A key of `KINDS`."""
+    image: str
+    """Its name in the data set: `train/<class>/<file>` or `val/<class>/<file>`, as in a list of images to leave out."""
     path: str
+    """Where it lies."""
     detail: str
 
 
@@ -77,22 +61,37 @@ class DatasetReport:
 
     train: SplitReport
     val: SplitReport
+    read: int
+    """Files that this check has read."""
+    unchanged: int
+    """Files that were read by an earlier one and are as they were."""
+    class_order: str | None
+    """How the numbers of the classes compare to torchvision's; None where the classes are no folders."""
+    trouble: str | None
+    """Why a later check starts over, if it does."""
 
     @property
     def is_trainable(self) -> bool:
-        """Whether every file can be decoded."""
-        return not any(finding.kind in FATAL for _, split in self.splits() for finding in split.findings)
+        """Whether every file can be decoded, to the same picture by both back ends."""
+        return not any(finding.kind in STOPPING for _, split in self.splits() for finding in split.findings)
 
     def splits(self) -> list[tuple[str, SplitReport]]:
         """Name and report, training first."""
         return [("train", self.train), ("val", self.val)]
 
+    def excluded(self) -> dict[str, str]:
+        """Images that training is better off without, by name, with the reason."""
+        found = [finding for _, split in self.splits() for finding in split.findings if finding.kind in EXCLUDED]
+        return {finding.image: f"{finding.kind.replace('_', ' ')}: {finding.detail}" for finding in found}
+
     def as_dict(self) -> dict[str, Any]:
         """Everything, every path included, in plain types for JSON."""
-        return {
+        splits = {
             name: asdict(split) | {"findings": [finding._asdict() for finding in split.findings]}
             for name, split in self.splits()
         }
+        own = {name: getattr(self, name) for name in ("read", "unchanged", "class_order", "trouble")}
+        return splits | own
 
     def table(self) -> Table:
         """Counts, a column a split, for a terminal."""
@@ -110,23 +109,25 @@ class DatasetReport:
             *(f"{s.per_class_min:,}, {s.per_class_median:,.0f}, {s.per_class_max:,}" for s in splits),
         )
         table.add_row("classes far from the median", *(f"{len(split.far_classes):,}" for split in splits))
-        for kind, meaning in (FATAL | NOTABLE).items():
+        for kind, (title, _) in KINDS.items():
             counts = [len(split.of_kind(kind)) for split in splits]
-            style = "bold red" if kind in FATAL and any(counts) else None
-            table.add_row(meaning, *(f"{count:,}" for count in counts), style=style)
+            if any(counts) or kind in EXCLUDED:
+                style = "bold red" if kind in EXCLUDED and any(counts) else None
+                table.add_row(title, *(f"{count:,}" for count in counts), style=style)
         return table
 
     def lines(self, at_most: int = SHOWN_AT_MOST) -> list[str]:
         """What is behind the counts in plain text: up to `at_most` names of each kind, worst first."""
-        lines = []
+        lines = [f"files          {self.unchanged:,} unchanged since the last check, {self.read:,} read"]
+        lines += [text for text in (self.class_order, self.trouble) if text]
         for name, split in self.splits():
             if split.expected_images not in (None, split.images):
                 lines.append(f"{name}: {split.images:,} images where ImageNet-1k has {split.expected_images:,}")
-        for kind, meaning in (FATAL | NOTABLE).items():
-            for name, split in self.splits():
-                found = [f"  {finding.path}: {finding.detail}" for finding in split.of_kind(kind)]
-                if found:
-                    lines += [f"{name}: {len(found):,} {meaning}", *_shortened(found, at_most)]
+        for kind, (title, effect) in KINDS.items():
+            found = [finding for _, split in self.splits() for finding in split.of_kind(kind)]
+            if found:
+                lines.append(f"{title}: {len(found):,} ({effect})")
+                lines += _shortened([f"  {_printable(finding.image)}: {finding.detail}" for finding in found], at_most)
         for name, split in self.splits():
             far = [f"  {class_name}: {count:,} images" for class_name, count in split.far_classes.items()]
             if far:
@@ -135,75 +136,93 @@ class DatasetReport:
         return lines
 
 
-def scan_dataset(train: FileIndex, val: FileIndex, *, workers: int, console: Console | None = None) -> DatasetReport:
-    """Read every image of both splits to its end.
+def scan_dataset(
+    train: FileIndex,
+    val: FileIndex,
+    *,
+    workers: int,
+    console: Console | None = None,
+    cache: ScanCache | None = None,
+) -> DatasetReport:
+    """Read every image of both splits to its end, and compare them.
 
     Args:
         train: index of the training images.
         val: index of the validation images.
         workers: processes that read; with 1 this one does.
         console: where a bar is shown, if it is a terminal; None shows none.
+        cache: what earlier checks have seen; None reads everything and keeps nothing.
     """
+    indexes = (train, val)
+    scans = [scan_index(name, index, cache, workers, console) for name, index in zip(SPLITS, indexes, strict=True)]
+    findings = _findings(indexes, scans)
     imagenet = len(train.classes) == IMAGENET_CLASSES
-    reports = []
-    for name, index in (("train", train), ("val", val)):
-        findings: list[Finding] = []
-        with _bar(console) as bar:
-            task = bar.add_task(name, total=len(index))
-            for found, images in _inspect_all([str(index.place(row)) for row in range(len(index))], workers):
-                findings += found
-                bar.advance(task, images)
-        reports.append(_split_report(index, findings, IMAGENET_COUNTS[name] if imagenet else None))
-    return DatasetReport(*reports)
+    reports = [
+        _split_report(index, found, IMAGENET_COUNTS[name] if imagenet else None)
+        for name, index, found in zip(SPLITS, indexes, findings, strict=True)
+    ]
+    unchanged = sum(scan.unchanged for scan in scans)
+    return DatasetReport(
+        train=reports[0],
+        val=reports[1],
+        read=len(train) + len(val) - unchanged,
+        unchanged=unchanged,
+        class_order=class_order(train),
+        trouble=None if cache is None else cache.trouble,
+    )
 
 
-def inspect_image(path: str) -> list[Finding]:
-    """Decode one file to its end and say what is out of the ordinary about it.
-
-    JPEGs are decoded at an eighth of their size: every byte is read just the same, in two thirds of the time.
-    """
-    findings = []
+def class_order(index: FileIndex) -> str | None:
+    """Compare the numbers of the classes to those of torchvision's `ImageFolder`; None where they are no folders."""
     try:
-        if Path(path).stat().st_size == 0:
-            return [Finding("zero_bytes", path, "0 bytes")]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a colour table, of a broken EXIF block: the picture is whole
-            with Image.open(path) as image:
-                short_side = min(image.size)
-                image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
-                image.load()
-                orientation = image.getexif().get(ORIENTATION_TAG, 1)
-    except Exception as error:  # a broken file makes PIL's many readers raise nearly anything
-        return [Finding("unreadable", path, str(error) or type(error).__name__)]
-    if image.mode != "RGB":
-        findings.append(Finding("not_rgb", path, f"mode {image.mode}"))
-    if orientation != 1:
-        findings.append(Finding("exif_turned", path, f"orientation {orientation}"))
-    if short_side < SHORT_SIDE_AT_LEAST_PX:
-        findings.append(Finding("tiny", path, f"short side {short_side} px"))
-    actual = "JPEG" if image.format == "MPO" else image.format  # a camera's JPEG with a second picture behind it
-    if Image.registered_extensions().get(Path(path).suffix.lower()) != actual:
-        findings.append(Finding("wrong_extension", path, f"is {actual}"))
-    return findings
+        theirs, _ = find_classes(index.root)
+    except OSError:
+        return None
+    if not set(theirs) & set(index.classes):
+        return None  # folders of another meaning
+    if list(index.classes) == theirs:
+        return f"classes        numbered as torchvision's ImageFolder numbers the folders of {index.root.name}/"
+    pairs = enumerate(zip_longest(index.classes, theirs, fillvalue="none"))
+    number, own, other = next((number, own, other) for number, (own, other) in pairs if own != other)
+    return f"classes        not numbered as by torchvision's ImageFolder: number {number} is {own} here, {other} there"
 
 
-def _inspect_chunk(paths: list[str]) -> list[Finding]:
-    return [finding for path in paths for finding in inspect_image(path)]
+def exclude_list(images: dict[str, str], old: str = "") -> str:
+    """Write down images to leave out, one a line with the reason behind a tab; what was left out before stays.
+
+    Args:
+        images: reason of each image, by name.
+        old: the list that was in force, so that its images were not looked at.
+    """
+    kept = old if not old or old.endswith("\n") else old + "\n"
+    reasons = {image: " ".join(reason.split()) for image, reason in images.items()}
+    return kept + "".join(f"{image}\t# {reason}\n" for image, reason in reasons.items())
 
 
-def _inspect_all(paths: list[str], workers: int) -> Iterator[tuple[list[Finding], int]]:
-    """Findings and number of images, a chunk at a time, in the order of the paths."""
-    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
-    sizes = [len(chunk) for chunk in chunks]
-    if workers == 1:
-        yield from zip(map(_inspect_chunk, chunks), sizes, strict=True)
-        return
-    # Not forked from this process: its torch and DALI threads may hold a lock at that moment.
-    clean = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(clean)
-    context.set_forkserver_preload(["__main__", __name__])
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from zip(pool.map(_inspect_chunk, chunks), sizes, strict=True)
+def _findings(indexes: tuple[FileIndex, FileIndex], scans: list[Scan]) -> list[list[Finding]]:
+    train, val = indexes
+    # Held-out validation images, and those of debug.overfit_images, are images of train/.
+    names = ("train", "train" if val.root == train.root and val.members is None else "val")
+    across, within = copies(*scans)
+    splits = []
+    for index, name, scan, earlier in zip(indexes, names, scans, within, strict=True):
+        found = [(row, kind, detail) for row, oddities in scan.odd.items() for kind, detail in oddities]
+        if index is train:
+            found += [(row, "in_val", _same(index, row, val, other, names[1])) for row, other in across.items()]
+        found += [(row, "duplicate", _same(index, row, index, other, name)) for row, other in earlier.items()]
+        stopping = {row for row, kind, _ in found if kind in STOPPING}
+        found = [entry for entry in found if entry[0] not in stopping or entry[1] in STOPPING]
+        found.sort(key=lambda entry: entry[0])
+        splits.append(
+            [Finding(kind, f"{name}/{index.paths[row]}", str(index.place(row)), text) for row, kind, text in found]
+        )
+    return splits
+
+
+def _same(index: FileIndex, row: int, others: FileIndex, other: int, name: str) -> str:
+    classes = index.classes[index.targets[row]], others.classes[others.targets[other]]
+    label = "" if classes[0] == classes[1] else f", where it is labelled {classes[1]} instead of {classes[0]}"
+    return f"is {name}/{others.paths[other]}{label}"
 
 
 def _split_report(index: FileIndex, findings: list[Finding], expected_images: int | None) -> SplitReport:
@@ -222,11 +241,11 @@ def _split_report(index: FileIndex, findings: list[Finding], expected_images: in
     )
 
 
-def _bar(console: Console | None) -> Progress:
-    columns = (TextColumn("reading {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=console is None or not console.is_terminal, transient=True)
-
-
 def _shortened(lines: list[str], at_most: int) -> list[str]:
     rest = len(lines) - at_most
     return lines if rest <= 0 else [*lines[:at_most], f"  and {rest:,} more"]
+
+
+def _printable(name: str) -> str:
+    """A file's name may hold bytes that are no text, which a terminal refuses."""
+    return name.encode(errors="backslashreplace").decode()
