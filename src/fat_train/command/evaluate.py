@@ -14,7 +14,7 @@ from fat_train.command.assemble import build_task, refuse_idle_ranks
 from fat_train.command.say import say
 from fat_train.config.resolve import refuse_unknown, resolve
 from fat_train.config.run import GROUPS, Problems, RunConfig, plain, resolve_run
-from fat_train.data.datamodule import DataSource, FolderDataConfig, open_data
+from fat_train.data.datamodule import DataSource, FolderDataConfig, PackedDataConfig, open_data
 from fat_train.data.index import scan_folder
 from fat_train.trainer.build import build_trainer
 from fat_train.trainer.loaders import RunLoaders
@@ -91,6 +91,8 @@ def _open(values: dict[str, Any], about: dict[str, Any]) -> tuple[RunConfig, Dat
 
 def _open_val(config: RunConfig) -> DataSource:
     """The validation images; a folder needs no train/ beside them."""
+    if isinstance(config.data, PackedDataConfig):
+        return config.data.open_val()
     if not isinstance(config.data, FolderDataConfig):
         return open_data(config.data)
     val = scan_folder(config.data.root, "val")

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fat_train.augment.policy import AugmentConfig
 from fat_train.callback.build import CallbackConfig
 from fat_train.config.resolve import refuse_unknown, resolve
-from fat_train.data.datamodule import DigitsDataConfig, FolderDataConfig, SyntheticDataConfig
+from fat_train.data.datamodule import DigitsDataConfig, FolderDataConfig, PackedDataConfig, SyntheticDataConfig
 from fat_train.logger.build import LoggerConfig
 from fat_train.loss.cross_entropy import CrossEntropyConfig
 from fat_train.model.backbone import Backbone
@@ -90,7 +90,7 @@ class RunConfig:
 
     run: RunSettings
     model: ModelConfig
-    data: FolderDataConfig | DigitsDataConfig | SyntheticDataConfig
+    data: FolderDataConfig | PackedDataConfig | DigitsDataConfig | SyntheticDataConfig
     augment: AugmentConfig
     loss: CrossEntropyConfig
     optim: AdamWConfig

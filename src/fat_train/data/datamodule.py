@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,9 +18,10 @@ from fat_train.data.index import SPLITS, FileIndex, scan_pair
 from fat_train.data.loader import Loader
 from fat_train.data.order import Order
 from fat_train.data.picture import PictureSpec
+from fat_train.data.shard import has_shards, scan_shards
 from fat_train.data.synthetic import SyntheticLoader, synthetic_index
 from fat_train.data.torch_folder import TorchLoader
-from fat_train.types import UserError
+from fat_train.types import MissingPathError, UserError
 
 BACKENDS = ("auto", "dali", "torch")
 DECODERS = ("auto", "cpu", "gpu")
@@ -81,6 +84,39 @@ class FolderDataConfig(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackedDataConfig(DataConfig):
+    """Images in tar shards of WebDataset naming: what `pack` writes, or anybody's."""
+
+    name: str = "imagenet_packed"
+    """Name in logs and tables."""
+    root: str | None = None
+    """Folder that holds train/*.tar and val/*.tar, or both kinds in one with "train" and "val" in their names."""
+
+    def open(self) -> DataSource:
+        """List the shards, see `scan_shards` for what is refused."""
+        train, val = self._scan(SPLITS)
+        return DataSource(self.name, train, val)
+
+    def open_val(self) -> DataSource:
+        """The validation shards alone, twice: those of training need not be there."""
+        (val,) = self._scan(("val",))
+        return DataSource(self.name, val, val)
+
+    def _scan(self, splits: Sequence[str]) -> tuple[FileIndex, ...]:
+        if not self.root or self.root == "???":
+            raise UserError("data.root is not set: give the folder of shards that pack wrote, as data.root=<folder>")
+        folder = Path(self.root).expanduser()
+        if not folder.is_dir():
+            raise MissingPathError(f"data.root={folder} is not a folder: give the one that pack wrote its shards into")
+        if not has_shards(folder):
+            raise UserError(
+                f"data.root={folder} holds no tar shards (train/*.tar and val/*.tar): for images in class folders "
+                f"choose data=imagenet; to pack them, python -m fat_train pack data.root={folder} out=<folder>"
+            )
+        return scan_shards(folder, splits)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DigitsDataConfig(DataConfig):
     """scikit-learn's scanned digits as a folder of JPEG files."""
 
@@ -139,6 +175,12 @@ class DataSource:
         return len(self.train.classes)
 
     @property
+    def root(self) -> Path:
+        """The folder that holds both splits."""
+        folder = self.train.root
+        return folder.parent if folder.name in SPLITS else folder  # shards of both splits may lie in one
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 in hex over the lists of both splits."""
         return hashlib.sha256(f"{self.train.fingerprint} {self.val.fingerprint}".encode()).hexdigest()
@@ -147,7 +189,7 @@ class DataSource:
         """One line for the log: name, counts, place."""
         return (
             f"{self.name}: {len(self.train):,} training and {len(self.val):,} validation images "
-            f"of {self.num_classes:,} classes in {self.train.root.parent}"
+            f"of {self.num_classes:,} classes in {self.root}"
         )
 
 
@@ -162,7 +204,7 @@ class Backend(NamedTuple):
     """One sentence for the log."""
 
 
-def open_data(config: FolderDataConfig | DigitsDataConfig | SyntheticDataConfig) -> DataSource:
+def open_data(config: FolderDataConfig | PackedDataConfig | DigitsDataConfig | SyntheticDataConfig) -> DataSource:
     """List the images of a data set, and check what was listed.
 
     Raises:

@@ -19,6 +19,7 @@ from fat_train.data.dali.op import INTERPOLATION, Slot, Warp, branch_of, rand_au
 from fat_train.data.picture import PictureSpec
 
 PATH = "path"
+ENCODED = "encoded"
 CROP = "crop"
 FLIP = "flip"
 ROUNDING = 2.0**52  # adding it to a float64 and taking it away again rounds half to even, as Python does
@@ -36,6 +37,8 @@ class Execution(NamedTuple):
     """CPU threads."""
     device_id: int | None
     """CUDA device that decodes and augments; None is the CPU."""
+    archives: bool = False
+    """Whether the images are in archives: `feed_encoded` takes the place of `feed_paths`."""
 
     @property
     def on_gpu(self) -> bool:
@@ -55,15 +58,15 @@ class Execution(NamedTuple):
 
 
 def build_train_pipeline(spec: PictureSpec, num_ops: int, execution: Execution) -> Pipeline:
-    """Build the pipeline that carries out `Draws` with `num_ops` columns; feed it `feed_draws` and `feed_paths`."""
-    pipeline = _train_graph(spec, num_ops, execution.on_gpu, **execution.arguments())
+    """Build the pipeline that carries out `Draws` with `num_ops` columns; feed it `feed_draws` and the images."""
+    pipeline = _train_graph(spec, num_ops, execution.on_gpu, execution.archives, **execution.arguments())
     pipeline.build()
     return pipeline
 
 
 def build_eval_pipeline(spec: PictureSpec, execution: Execution) -> Pipeline:
-    """Build the pipeline of validation; feed it `feed_paths`."""
-    pipeline = _eval_graph(spec, execution.on_gpu, **execution.arguments())
+    """Build the pipeline of validation; feed it the images."""
+    pipeline = _eval_graph(spec, execution.on_gpu, execution.archives, **execution.arguments())
     pipeline.build()
     return pipeline
 
@@ -71,6 +74,11 @@ def build_eval_pipeline(spec: PictureSpec, execution: Execution) -> Pipeline:
 def feed_paths(pipeline: Pipeline, paths: list[str]) -> None:
     """Feed the files of the next run."""
     pipeline.feed_input(PATH, [_as_bytes(path) for path in paths])
+
+
+def feed_encoded(pipeline: Pipeline, images: list[UInt8[np.ndarray, " bytes"]]) -> None:
+    """Feed the bytes of the next run's images. They are not copied: DALI refers to the arrays until the run is over."""
+    pipeline.feed_input(ENCODED, images)
 
 
 def feed_draws(pipeline: Pipeline, draws: Draws, spec: PictureSpec) -> None:
@@ -91,8 +99,8 @@ def _as_bytes(path: str) -> UInt8[np.ndarray, " length"]:
 
 
 @pipeline_def(enable_conditionals=True)
-def _train_graph(spec: PictureSpec, num_ops: int, on_gpu: bool) -> DataNode:
-    encoded = _encoded()
+def _train_graph(spec: PictureSpec, num_ops: int, on_gpu: bool, archives: bool) -> DataNode:
+    encoded = _encoded(archives)
     candidates = fn.external_source(name=CROP, dtype=types.FLOAT64, ndim=2)  # [11, 4]
     flip = fn.external_source(name=FLIP, dtype=types.FLOAT, ndim=0)
     corner, size = crop_box_nodes(candidates, encoded)
@@ -121,8 +129,8 @@ def _train_graph(spec: PictureSpec, num_ops: int, on_gpu: bool) -> DataNode:
 
 
 @pipeline_def
-def _eval_graph(spec: PictureSpec, on_gpu: bool) -> DataNode:
-    encoded = _encoded()
+def _eval_graph(spec: PictureSpec, on_gpu: bool, archives: bool) -> DataNode:
+    encoded = _encoded(archives)
     size = _size_of(encoded)
     resized = math.floor(size * float(spec.eval_resize_px) / math.min(size[0], size[1]))
     corner = _round((resized - float(spec.image_px)) * 0.5)
@@ -141,7 +149,9 @@ def _eval_graph(spec: PictureSpec, on_gpu: bool) -> DataNode:
     )
 
 
-def _encoded() -> DataNode:
+def _encoded(archives: bool) -> DataNode:
+    if archives:
+        return fn.external_source(name=ENCODED, dtype=types.UINT8, ndim=1, no_copy=True)
     return fn.io.file.read(fn.external_source(name=PATH, dtype=types.UINT8, ndim=1))
 
 
