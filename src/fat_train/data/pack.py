@@ -195,10 +195,10 @@ class _Manifest:
     def forget_lost(self) -> tuple[str, ...]:
         """Mark the shards that are gone or of another size as unwritten; what a kill left behind is deleted."""
         lost = []
+        _sweep(self.out)
         for split, shards in self.content["shards"].items():
             (self.out / split).mkdir(exist_ok=True)
-            for leftover in (self.out / split).glob(".*.part"):
-                leftover.unlink()
+            _sweep(self.out / split)
             for name, about in shards.items():
                 path = self.out / split / name
                 if not path.is_file() or path.stat().st_size != about["bytes"]:
@@ -275,6 +275,11 @@ def _verify(manifest: _Manifest, console: Console) -> None:
             f"out={manifest.out}: {len(wrong)} shards are not what was written: {some(wrong)}; "
             "delete them, and the same command packs them anew"
         )
+
+
+def _sweep(folder: Path) -> None:
+    for leftover in folder.glob(".*.part"):
+        leftover.unlink()
 
 
 def _sha256(path: Path) -> str:

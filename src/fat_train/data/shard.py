@@ -210,14 +210,14 @@ def _remember(path: Path, shards: list[Path], state: Int64[np.ndarray, "S 2"], l
 def _remembered(path: Path, shards: list[Path], state: Int64[np.ndarray, "S 2"]) -> _Listing | None:
     """What `_remember` wrote, unless a shard has come, gone or changed since."""
     try:
-        with np.load(path) as kept:
+        with path.open("rb") as file, np.load(file) as kept:
             if kept["version"] != LISTING_VERSION or not np.array_equal(kept["state"], state):
                 return None
             if _unpacked(kept["shards"]) != [str(shard) for shard in shards]:
                 return None
             columns = (kept[name].astype(np.int64) for name in ("archive", "offset", "size", "target"))
             return _Listing(tuple(_unpacked(kept["names"])), *columns)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):  # not there, or of another kind
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):  # not there, or of another kind
         return None
 
 
