@@ -117,33 +117,54 @@ def _refuse_halves(path: Path, images: dict[str, Member], labels: dict[str, int]
 
 
 def _members(reader: _Reader, path: Path) -> Iterator[Member]:
-    """The regular files. The standard library reads each header; its own walk would take four times as long."""
+    """The regular files."""
     at, long_name, long_size = 0, "", None
     while True:
         header = reader.at(at, BLOCK)
         if len(header) == BLOCK and not any(header):
             return
         try:
-            info = tarfile.TarInfo.frombuf(header, *NAME_ENCODING)
+            name, kind, size = _plain_header(header) or _any_header(header)
         except tarfile.HeaderError as error:
             if at == 0:
                 raise UserError(f"{path} is no tar archive, or an empty one") from error
             cut = len(header) < BLOCK
             raise UserError(f"{path} is {'truncated' if cut else f'broken at byte {at:,}'}: copy it anew") from error
-        size = info.size if long_size is None else long_size
+        size = size if long_size is None else long_size
         content, at = at + BLOCK, at + BLOCK + -(-size // BLOCK) * BLOCK
         if at > reader.size:
-            raise UserError(f"{path} is truncated: {info.name} ends after the file does; copy it anew")
-        if info.type == tarfile.GNUTYPE_LONGNAME:
+            raise UserError(f"{path} is truncated: {name} ends after the file does; copy it anew")
+        if kind == tarfile.GNUTYPE_LONGNAME:
             long_name = reader.at(content, size).rstrip(b"\0").decode(*NAME_ENCODING)
-        elif info.type == tarfile.XHDTYPE:
+        elif kind == tarfile.XHDTYPE:
             records = _pax_records(reader.at(content, size))
             long_name = records.get("path", long_name)
             long_size = int(records["size"]) if "size" in records else None
         else:
-            if info.type in REGULAR:
-                yield Member(long_name or info.name, content, size)
+            if kind in REGULAR:
+                yield Member(long_name or name, content, size)
             long_name, long_size = "", None
+
+
+def _plain_header(header: bytes) -> tuple[str, bytes, int] | None:
+    """Name, kind and size of a regular file whose name is not long; None for anything else, and where in doubt.
+
+    Nearly all headers are like this, and the standard library takes six times as long over each of millions.
+    """
+    if len(header) < BLOCK or header[156:157] != tarfile.REGTYPE or header[345] or header[99]:
+        return None
+    try:
+        size, checksum = (int(field.rstrip(b" \0"), 8) for field in (header[124:136], header[148:156]))
+        if sum(header) - sum(header[148:156]) + 8 * ord(" ") != checksum:
+            return None
+        return header[: header.index(0)].decode(*NAME_ENCODING), tarfile.REGTYPE, size
+    except ValueError:
+        return None
+
+
+def _any_header(header: bytes) -> tuple[str, bytes, int]:
+    info = tarfile.TarInfo.frombuf(header, *NAME_ENCODING)
+    return info.name, info.type, info.size
 
 
 def _pax_records(content: bytes) -> dict[str, str]:
