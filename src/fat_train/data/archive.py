@@ -23,7 +23,8 @@ class OpenArchives:
     """The archives of an index, mapped. An image read from one is no copy, and costs its first reader the disk.
 
     Each takes two of the process's open files (the map keeps one of its own); their limit is raised as far as the
-    system lets us.
+    system lets us. An archive that is made shorter while it is mapped ends the process (SIGBUS): replace shards by
+    renaming, as `pack` does.
 
     Raises:
         UserError: an archive is not there any more or has become shorter, or there are more than may be open.
