@@ -8,12 +8,14 @@ Axis legend (jaxtyping strings and trailing comments):
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+
+NAMED_AT_MOST = 5
 
 
 class UserError(ValueError):
@@ -43,6 +45,12 @@ def one_of(field: str, value: str, allowed: Iterable[str]) -> None:
     allowed = tuple(allowed)
     if value not in allowed:
         raise UserError(f"{field}={value} is not known{nearest(value, allowed)} (allowed: {', '.join(allowed)})")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of some names, and how many more there are."""
+    more = f" and {len(names) - NAMED_AT_MOST:,} more" if len(names) > NAMED_AT_MOST else ""
+    return (", ".join(names[:NAMED_AT_MOST]) or "nothing") + more
 
 
 class Batch(NamedTuple):

@@ -151,7 +151,7 @@ def images_per_second(config: RunConfig, source: DataSource, plan: RunPlan, seco
 
 
 def _root(config: RunConfig, source: DataSource) -> Path | None:
-    return None if isinstance(config.data, SyntheticDataConfig) else source.train.root.parent
+    return None if isinstance(config.data, SyntheticDataConfig) else source.root
 
 
 def _write_list(file: Path, report: DatasetReport, in_force: str | None) -> int:
@@ -163,7 +163,7 @@ def _write_list(file: Path, report: DatasetReport, in_force: str | None) -> int:
 
 
 def _scan(source: DataSource, console: Console) -> DatasetReport:
-    cache = ScanCache(source.train.root.parent)
+    cache = ScanCache(source.root)
     report = scan_dataset(source.train, source.val, workers=available_cores(), console=console, cache=cache)
     console.print(report.table())
     for line in report.lines():

@@ -8,6 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -104,7 +105,7 @@ class FolderDataConfig(FilesDataConfig):
     name: str = "imagenet"
     """Name in logs and tables."""
     root: str | None = None
-    """Folder that holds train/ and val/, or what Kaggle's archive unpacks to."""
+    """Folder that holds train/ and val/ (of class folders or of tar shards), or what Kaggle's archive unpacks to."""
 
     def folder(self) -> str | None:
         """What the user gave."""
@@ -177,6 +178,12 @@ class DataSource:
         return len(self.train.classes)
 
     @property
+    def root(self) -> Path:
+        """The folder that holds both splits."""
+        folder = self.train.root
+        return folder.parent if folder.name in SPLITS else folder  # shards of both splits may lie in one
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 in hex over the lists of both splits."""
         return hashlib.sha256(f"{self.train.fingerprint} {self.val.fingerprint}".encode()).hexdigest()
@@ -185,7 +192,7 @@ class DataSource:
         """For the log: a line with name, counts and place, and one for each choice that was made."""
         counts = (
             f"{self.name}: {len(self.train):,} training and {len(self.val):,} validation images "
-            f"of {self.num_classes:,} classes in {self.train.root.parent}"
+            f"of {self.num_classes:,} classes in {self.root}"
         )
         return "\n".join((counts, *self.notes))
 

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from fat_train.data.index import EXTENSIONS, SPLITS, FileIndex
-from fat_train.types import MissingPathError, UserError
+from fat_train.data.shard import has_shards, scan_shards
+from fat_train.types import MissingPathError, UserError, some
 
 KEY = "data.root"
-NAMED_AT_MOST = 5
 SCAN_THREADS = 16
 
 KAGGLE_TREE = "ILSVRC/Data/CLS-LOC"
@@ -34,7 +34,7 @@ class Layout(NamedTuple):
     """What `data.root` holds, for messages."""
     recognise: Callable[[Path], bool]
     """Whether a folder is laid out so."""
-    scan: Callable[[Path, Sequence[str]], list[FileIndex]]
+    scan: Callable[[Path, Sequence[str]], Sequence[FileIndex]]
     """The images of some splits of such a folder, in the given order; the others need not be there."""
 
 
@@ -50,7 +50,7 @@ def scan_pair(root: str | Path | None) -> tuple[FileIndex, FileIndex]:
     return train, val
 
 
-def scan_splits(root: str | Path | None, splits: Sequence[str]) -> list[FileIndex]:
+def scan_splits(root: str | Path | None, splits: Sequence[str]) -> Sequence[FileIndex]:
     """List the images of some splits of a folder in any of the layouts; their classes are not compared.
 
     Raises:
@@ -99,12 +99,6 @@ def scan_folder(root: Path, split: str) -> FileIndex:
         )
     targets = np.repeat(np.arange(len(classes)), [len(paths) for paths in files])
     return FileIndex(split_folder, tuple(path for paths in files for path in paths), targets, tuple(classes))
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few of some names, and how many more there are."""
-    more = f" and {len(names) - NAMED_AT_MOST} more" if len(names) > NAMED_AT_MOST else ""
-    return (", ".join(names[:NAMED_AT_MOST]) or "nothing") + more
 
 
 def _scan_folders(root: Path, splits: Sequence[str]) -> list[FileIndex]:
@@ -235,6 +229,7 @@ def _images_in(split_folder: str, class_name: str) -> list[str]:
 
 
 LAYOUTS = (
+    Layout("train/*.tar and val/*.tar", has_shards, scan_shards),
     Layout(f"Kaggle's {KAGGLE_TREE}/ with {KAGGLE_LABELS} beside ILSVRC/", _is_kaggle, _scan_kaggle),
     # The last one takes what no other has recognised, and says what is missing.
     Layout("train/<class>/ and val/<class>/", lambda _: True, _scan_folders),

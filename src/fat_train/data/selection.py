@@ -28,8 +28,8 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from fat_train.data.index import FileIndex
-from fat_train.data.layout import refuse_unlike_classes, some
-from fat_train.types import MissingPathError, UserError, nearest
+from fat_train.data.layout import refuse_unlike_classes
+from fat_train.types import MissingPathError, UserError, nearest, some
 
 SUBSET_ALLOWED = "null, a share in (0, 1], or a text file that lists training images"
 

@@ -32,6 +32,7 @@ from fat_train.data.dali.op import (
 from fat_train.data.picture import PictureSpec
 
 PATH = "path"
+ENCODED = "encoded"
 CROP = "crop"
 VIEW = "view"  # whether to flip, and the row of `INTERPOLATIONS` for the resize
 OPERATIONS = "operations"
@@ -50,6 +51,8 @@ class Execution(NamedTuple):
     """CPU threads."""
     device_id: int | None
     """CUDA device that decodes and augments; None is the CPU."""
+    archives: bool = False
+    """Whether the images are in archives: `feed_encoded` takes the place of `feed_paths`."""
     torch_ops: bool = True
     """Whether a CPU leaves to torch what that does faster (`host.py`). Without it a CPU runs what a GPU runs."""
 
@@ -77,17 +80,17 @@ class Execution(NamedTuple):
 
 
 def build_train_pipeline(spec: PictureSpec, augment: AugmentConfig, execution: Execution) -> Pipeline:
-    """Build the pipeline that carries out draws of `augment`; feed it `feed_draws` and `feed_paths`."""
+    """Build the pipeline that carries out draws of `augment`; feed it `feed_draws` and the images."""
     threads = execution.image_threads(spec)
     stages = [] if threads is None else train_stages(spec, augment, threads)
-    return _built(_train_graph(spec, augment, stages, execution.decoder, **execution.arguments()), threads)
+    return _built(_train_graph(spec, augment, stages, execution, **execution.arguments()), threads)
 
 
 def build_eval_pipeline(spec: PictureSpec, execution: Execution) -> Pipeline:
-    """Build the pipeline of validation; feed it `feed_paths`."""
+    """Build the pipeline of validation; feed it the images."""
     threads = execution.image_threads(spec)
     stage = None if threads is None else eval_stage(spec, threads)
-    return _built(_eval_graph(spec, stage, execution.decoder, **execution.arguments()), threads)
+    return _built(_eval_graph(spec, stage, execution, **execution.arguments()), threads)
 
 
 def _built(pipeline: Pipeline, threads: ImageThreads | None) -> Pipeline:
@@ -100,6 +103,11 @@ def _built(pipeline: Pipeline, threads: ImageThreads | None) -> Pipeline:
 def feed_paths(pipeline: Pipeline, paths: list[str]) -> None:
     """Feed the files of the next run."""
     pipeline.feed_input(PATH, [_as_bytes(path) for path in paths])
+
+
+def feed_encoded(pipeline: Pipeline, images: list[UInt8[np.ndarray, " bytes"]]) -> None:
+    """Feed the bytes of the next run's images. They are not copied: DALI refers to the arrays until the run is over."""
+    pipeline.feed_input(ENCODED, images)
 
 
 def feed_draws(pipeline: Pipeline, draws: Draws, spec: PictureSpec) -> None:
@@ -117,8 +125,8 @@ def _as_bytes(path: str) -> UInt8[np.ndarray, " length"]:
 
 
 @pipeline_def(enable_conditionals=True)
-def _train_graph(spec: PictureSpec, augment: AugmentConfig, stages: list[Stage], decoder: str) -> DataNode:
-    encoded = _encoded()
+def _train_graph(spec: PictureSpec, augment: AugmentConfig, stages: list[Stage], execution: Execution) -> DataNode:
+    encoded = _encoded(execution.archives)
     candidates = fn.external_source(name=CROP, dtype=types.FLOAT64, ndim=2)  # [11, 4]
     corner, size = crop_box_nodes(candidates, encoded)
     crops = fn.decoders.image_slice(
@@ -128,7 +136,7 @@ def _train_graph(spec: PictureSpec, augment: AugmentConfig, stages: list[Stage],
         axes=[0, 1],
         normalized_anchor=False,
         normalized_shape=False,
-        device=decoder,
+        device=execution.decoder,
         output_type=types.RGB,
         adjust_orientation=False,
     )
@@ -182,9 +190,9 @@ def _host(function: Stage, *inputs: DataNode) -> DataNode:
 
 
 @pipeline_def
-def _eval_graph(spec: PictureSpec, stage: Stage | None, decoder: str) -> DataNode:
-    encoded = _encoded()
-    images = fn.decoders.image(encoded, device=decoder, output_type=types.RGB, adjust_orientation=False)
+def _eval_graph(spec: PictureSpec, stage: Stage | None, execution: Execution) -> DataNode:
+    encoded = _encoded(execution.archives)
+    images = fn.decoders.image(encoded, device=execution.decoder, output_type=types.RGB, adjust_orientation=False)
     if stage is not None:
         return _host(stage, images)
     size = _size_of(encoded)
@@ -202,7 +210,9 @@ def _eval_graph(spec: PictureSpec, stage: Stage | None, decoder: str) -> DataNod
     )
 
 
-def _encoded() -> DataNode:
+def _encoded(archives: bool) -> DataNode:
+    if archives:
+        return fn.external_source(name=ENCODED, dtype=types.UINT8, ndim=1, no_copy=True)
     return fn.io.file.read(fn.external_source(name=PATH, dtype=types.UINT8, ndim=1))
 
 

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
 from nvidia.dali import fn, pipeline_def, types
@@ -14,7 +15,16 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from fat_train.augment.policy import AugmentConfig
-from fat_train.data.dali.graph import Execution, build_eval_pipeline, build_train_pipeline, feed_draws, feed_paths
+from fat_train.data.archive import OpenArchives
+from fat_train.data.dali.graph import (
+    ENCODED,
+    Execution,
+    build_eval_pipeline,
+    build_train_pipeline,
+    feed_draws,
+    feed_encoded,
+    feed_paths,
+)
 from fat_train.data.index import FileIndex, Place
 from fat_train.data.loader import Loader, Planned
 from fat_train.data.order import Order
@@ -22,6 +32,8 @@ from fat_train.data.picture import PictureSpec, read_rgb, unreadable
 from fat_train.types import Batch, UserError
 
 RUNS_AHEAD = 3
+ANNOUNCED_AHEAD = 4
+"""Batches between the word to the disk and the feeding."""
 
 
 class DaliLoader(Loader):
@@ -42,11 +54,14 @@ class DaliLoader(Loader):
         self.num_threads = num_threads
         self.device_id = None if gpu is None else gpu.index or 0
         self._copying = None if gpu is None else torch.cuda.Stream(gpu)
+        self._archives = None if index.members is None else OpenArchives(index)
         self._pipeline: Pipeline | None = None
         self._under_way: deque[Planned] = deque()
 
     def _load(self, planned: Iterator[Planned]) -> Iterator[Batch]:
         pipeline = self._idle_pipeline()
+        if self._archives is not None:
+            planned = _announced(planned, self._archives)
         self._schedule(pipeline, planned)
         while self._under_way:
             try:
@@ -75,7 +90,10 @@ class DaliLoader(Loader):
 
     def _schedule(self, pipeline: Pipeline, planned: Iterator[Planned]) -> None:
         while len(self._under_way) < RUNS_AHEAD and (batch := next(planned, None)) is not None:
-            feed_paths(pipeline, [str(place) for place in self._places(batch)])
+            if self._archives is None:
+                feed_paths(pipeline, [str(place) for place in self._places(batch)])
+            else:
+                feed_encoded(pipeline, self._archives.images(batch.plan.indices))
             if batch.draws is not None:
                 feed_draws(pipeline, batch.draws, self.spec)
             pipeline.schedule_run()
@@ -97,7 +115,8 @@ class DaliLoader(Loader):
         return self._pipeline
 
     def _build(self) -> Pipeline:
-        execution = Execution(self.order.batch_per_device, self.num_threads, self.device_id)
+        archives = self._archives is not None
+        execution = Execution(self.order.batch_per_device, self.num_threads, self.device_id, archives=archives)
         if self.augment is None:
             return build_eval_pipeline(self.spec, execution)
         return build_train_pipeline(self.spec, self.augment, execution)
@@ -117,11 +136,22 @@ class DaliLoader(Loader):
         return _refused_by_dali(places) or error
 
 
+def _announced(planned: Iterator[Planned], archives: OpenArchives) -> Iterator[Planned]:
+    """The same plans; the disk hears of each some batches before it comes out."""
+    ahead: deque[Planned] = deque()
+    for batch in planned:
+        archives.announce(batch.plan.indices)
+        ahead.append(batch)
+        if len(ahead) > ANNOUNCED_AHEAD:
+            yield ahead.popleft()
+    yield from ahead
+
+
 def _refused_by_dali(places: Iterable[Place]) -> UserError | None:
     for place in places:
         pipeline = _decode_graph(**Execution(max_batch=1, num_threads=1, device_id=None).arguments())
         pipeline.build()
-        feed_paths(pipeline, [str(place)])
+        feed_encoded(pipeline, [np.frombuffer(place.read(), np.uint8)])
         try:
             pipeline.schedule_run()
             pipeline.share_outputs()
@@ -132,5 +162,5 @@ def _refused_by_dali(places: Iterable[Place]) -> UserError | None:
 
 @pipeline_def
 def _decode_graph() -> DataNode:
-    path = fn.external_source(name="path", dtype=types.UINT8, ndim=1)
-    return fn.decoders.image(fn.io.file.read(path), output_type=types.RGB, adjust_orientation=False)
+    encoded = fn.external_source(name=ENCODED, dtype=types.UINT8, ndim=1, no_copy=True)
+    return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False)
