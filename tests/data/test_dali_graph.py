@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float64
 from PIL import Image
 
-from fat_train.augment.policy import AugmentConfig, Draws, crop_box, draw
+from fat_train.augment.policy import AugmentConfig, crop_box, draw
 from fat_train.data.index import Place
 from fat_train.data.picture import PictureSpec, make_pictures
 
@@ -18,17 +18,9 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
-from nvidia.dali.pipeline import Pipeline
 
-from fat_train.data.dali.graph import (
-    CENTRE,
-    Execution,
-    build_eval_pipeline,
-    build_train_pipeline,
-    crop_box_nodes,
-    feed_draws,
-    feed_paths,
-)
+from fat_train.data.dali.carry_out import CarryOut
+from fat_train.data.dali.graph import CENTRE, Execution, crop_box_nodes, feed_paths
 
 FILL = (124, 116, 104)
 CROP_TOLERANCE = 0.5  # mean grey levels of the worst picture; PIL rounds to 8 bits between its two passes
@@ -49,28 +41,15 @@ def paths(request: pytest.FixtureRequest) -> list[str]:
     return [str(path) for path in sorted(request.getfixturevalue("imagenet_samples").glob("*/*"))[::4]]
 
 
-def run(pipeline: Pipeline, paths: list[str], draws: Draws | None, spec: PictureSpec) -> np.ndarray:
-    feed_paths(pipeline, paths)
-    if draws is not None:
-        feed_draws(pipeline, draws, spec)
-    pipeline.schedule_run()
-    (outputs,) = pipeline.share_outputs()
-    return np.asarray(outputs.as_cpu().as_tensor()).copy()
-
-
 def means_apart(
     paths: list[str], config: AugmentConfig | None, device_id: int | None = None
 ) -> Float64[np.ndarray, " N"]:
     """Mean difference of each file's picture, grey levels."""
     spec = spec_of(config or AugmentConfig())
-    execution = Execution(max_batch=len(paths), num_threads=2, device_id=device_id)
-    if config is None:
-        draws, pipeline = None, build_eval_pipeline(spec, execution)
-    else:
-        draws = draw(config, spec.image_px, np.random.default_rng(5), len(paths))
-        pipeline = build_train_pipeline(spec, draws.op.shape[1], execution)
-    ours, theirs = run(pipeline, paths, draws, spec), make_pictures([Place(path) for path in paths], draws, spec)
-    return np.abs(ours.astype(int) - theirs).mean(axis=(1, 2, 3))
+    draws = None if config is None else draw(config, spec.image_px, np.random.default_rng(5), len(paths))
+    places = [Place(path) for path in paths]
+    ours = CarryOut(num_threads=2, device_id=device_id)(places, draws, spec)
+    return np.abs(ours.astype(int) - make_pictures(places, draws, spec)).mean(axis=(1, 2, 3))
 
 
 def test_the_evaluation_transform_gives_pils_picture(paths: list[str]) -> None:
