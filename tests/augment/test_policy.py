@@ -1,118 +1,19 @@
 import math
-import random
-from collections import Counter
-from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import stats
 from timm.data import auto_augment
-from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from fat_train.augment.policy import NO_OP, AugmentConfig, Draws, Op, crop_box, draw, parse_rand_augment
+from fat_train.augment.policy import AugmentConfig, Draws, Op, crop_box, draw, parse_rand_augment
 from fat_train.types import UserError
 
 DRAWN = 4000
-SIGNIFICANT = 1e-3  # the draws are seeded: a claim that holds once holds always
-DEIT = "rand-m9-mstd0.5-inc1"
-
-TIMM_NAMES = {
-    "AutoContrast": Op.AUTO_CONTRAST,
-    "Equalize": Op.EQUALIZE,
-    "Invert": Op.INVERT,
-    "Rotate": Op.ROTATE,
-    "Posterize": Op.POSTERIZE,
-    "Solarize": Op.SOLARIZE,
-    "SolarizeAdd": Op.SOLARIZE_ADD,
-    "Color": Op.COLOR,
-    "Contrast": Op.CONTRAST,
-    "Brightness": Op.BRIGHTNESS,
-    "Sharpness": Op.SHARPNESS,
-    "ShearX": Op.SHEAR_X,
-    "ShearY": Op.SHEAR_Y,
-    "TranslateXRel": Op.TRANSLATE_X,
-    "TranslateYRel": Op.TRANSLATE_Y,
-}
-
-
-@pytest.fixture
-def seeded() -> Iterator[None]:
-    """Seed the two global generators that timm draws from, and put them back."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    random.seed(11)
-    np.random.seed(11)
-    yield
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
 
 
 def table(config: AugmentConfig, n: int = DRAWN, image_px: int = 224) -> Draws:
     return draw(config, image_px, np.random.default_rng([1, 2, 3]), n)
-
-
-def timm_draws(text: str, n: int, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[Op, float]]]:
-    """Run timm's transform with operations that write down what they are asked for."""
-    done: list[tuple[Op, float]] = []
-
-    def recorder(op: Op) -> Callable[..., Image.Image]:
-        def record(image: Image.Image, *args: float, **_: object) -> Image.Image:
-            done.append((op, args[0] if args else 0.0))
-            return image
-
-        return record
-
-    for name, op in TIMM_NAMES.items():
-        for variant in (name, name + "Increasing"):
-            if variant in auto_augment.NAME_TO_OP:
-                monkeypatch.setitem(auto_augment.NAME_TO_OP, variant, recorder(op))
-    transform = auto_augment.rand_augment_transform(text, {"img_mean": (124, 116, 104)})
-    image, images = Image.new("RGB", (8, 8)), []
-    for _ in range(n):
-        done.clear()
-        transform(image)
-        images.append(list(done))
-    return images
-
-
-@pytest.mark.usefixtures("seeded")
-@pytest.mark.parametrize("text", [DEIT, "rand-m6-n3-mstd1-p0.7", "rand-m10-mstd101-inc1"])
-def test_operations_and_their_arguments_are_drawn_as_timm_draws_them(
-    text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    theirs = timm_draws(text, DRAWN, monkeypatch)
-    ours = table(AugmentConfig(auto_augment=text))
-    their_ops = Counter(op for image in theirs for op, _ in image)
-    our_ops = Counter(int(op) for op in ours.op.ravel() if op != NO_OP)
-    counts = np.array([[their_ops[op], our_ops[op]] for op in Op])
-    assert stats.chi2_contingency(counts).pvalue > SIGNIFICANT
-
-    slots = ours.op.shape[1]
-    their_carried_out = Counter(len(image) for image in theirs)
-    our_carried_out = Counter((ours.op != NO_OP).sum(axis=1).tolist())
-    carried_out = np.array([[their_carried_out[k], our_carried_out[k]] for k in range(slots + 1)])
-    assert stats.chi2_contingency(carried_out).pvalue > SIGNIFICANT
-
-    for op in Op:
-        their_args = np.array([arg for image in theirs for name, arg in image if name == op])
-        if op == Op.POSTERIZE:
-            their_args = np.maximum(1, their_args)  # our one deviation: never 0 bits
-        our_args = ours.arg[ours.op == op]
-        assert stats.ks_2samp(their_args, our_args).pvalue > SIGNIFICANT, op.name
-
-
-@pytest.mark.usefixtures("seeded")
-def test_crops_of_an_image_are_drawn_as_timm_draws_them() -> None:
-    image = Image.new("RGB", (300, 120))  # wide: many attempts miss, some images fall back to the centre
-    scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
-    theirs = np.array([RandomResizedCropAndInterpolation.get_params(image, scale, ratio) for _ in range(DRAWN)])
-    crops = table(AugmentConfig()).crop
-    ours = np.array([crop_box(crops[row], image.height, image.width, ratio) for row in range(DRAWN)])
-    ours = ours.astype(float)
-    for column, name in enumerate(("top", "left", "height", "width")):
-        assert stats.ks_2samp(theirs[:, column], ours[:, column]).pvalue > SIGNIFICANT, name
-    assert stats.ks_2samp(theirs[:, 3] / theirs[:, 2], ours[:, 3] / ours[:, 2]).pvalue > SIGNIFICANT
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 10), (64, 64), (1, 1), (3, 2), (375, 500)])
@@ -133,36 +34,7 @@ def test_the_crop_where_no_attempt_fits_is_torchvisions_central_one(height: int,
     assert crop_box(impossible, height, width, (3 / 4, 4 / 3)) == theirs
 
 
-@pytest.mark.usefixtures("seeded")
-@pytest.mark.parametrize("count", [1, 3])
-def test_erased_rectangles_are_drawn_as_timm_draws_them(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    px, boxes = 64, []
-    eraser = RandomErasing(probability=0.25, max_count=count, min_count=1)
-
-    class Canvas:
-        def __setitem__(self, place: tuple[slice, slice, slice], _value: object) -> None:
-            _, rows, columns = place
-            boxes[-1].append((rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start))
-
-    monkeypatch.setattr("timm.data.random_erasing._get_pixels", lambda *_, **__: None)
-    for _ in range(DRAWN):
-        boxes.append([])
-        eraser._erase(Canvas(), 3, px, px, None)
-    ours = table(AugmentConfig(erase_prob=0.25, erase_count=count), image_px=px).erase
-    assert ours.shape == (DRAWN, count, 4)
-    their_number = Counter(len(image) for image in boxes)
-    our_number = Counter((ours[..., 2] > 0).sum(axis=1).tolist())
-    numbers = np.array([[their_number[k], our_number[k]] for k in range(count + 1)])
-    assert stats.chi2_contingency(numbers).pvalue > SIGNIFICANT
-    theirs = np.array([box for image in boxes for box in image])
-    for column, name in enumerate(("top", "left", "height", "width")):
-        drawn = ours[ours[..., 2] > 0][:, column]
-        assert stats.ks_2samp(theirs[:, column], drawn).pvalue > SIGNIFICANT, name
-
-
-def test_flips_come_with_their_probability() -> None:
-    flipped = table(AugmentConfig(hflip_prob=0.3)).flip.sum()
-    assert stats.binomtest(int(flipped), DRAWN, 0.3).pvalue > SIGNIFICANT
+def test_no_flips_are_drawn_where_none_are_wanted() -> None:
     assert not table(AugmentConfig(hflip_prob=0.0)).flip.any()
 
 
