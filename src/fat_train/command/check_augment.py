@@ -94,9 +94,7 @@ def run(tree: DictConfig) -> None:
         say(f"pictures       {out}")
     say(f"numbers        {numbers}")
     if failed:
-        raise UserError(
-            f"{len(failed)} of the rows above fail, the augmentation is not timm's there: {'; '.join(failed)}"
-        )
+        raise UserError(f"the augmentation is not timm's; rows above that fail: {'; '.join(failed)}")
 
 
 def _lowerings() -> dict[str, Lowering]:
