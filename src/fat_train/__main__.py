@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "top-1 and top-5 of a checkpoint on a data set",
     "preview": "a picture of what the pipeline really feeds the model",
     "check": "look before a long run: data set, machine, configuration, hours it will take",
+    "check augment": "the augmentation against timm's: picture by picture, draw by draw",
     "pack": "the data set as tar shards of smaller pictures, read and decoded faster",
     "report": "curves and a table of a run",
 }

@@ -1,22 +1,17 @@
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from scipy import stats
 from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
-from torchvision.transforms import ColorJitter
 
 from fat_train.augment.policy import (
-    NO_OP,
-    RAND_AUGMENT_OPS,
     AugmentConfig,
     Draws,
     Op,
@@ -31,24 +26,6 @@ DRAWN = 4000
 SIGNIFICANT = 1e-3  # the draws are seeded: a claim that holds once holds always
 DEIT = "rand-m9-mstd0.5-inc1"
 
-TIMM_NAMES = {
-    "AutoContrast": Op.AUTO_CONTRAST,
-    "Equalize": Op.EQUALIZE,
-    "Invert": Op.INVERT,
-    "Rotate": Op.ROTATE,
-    "Posterize": Op.POSTERIZE,
-    "Solarize": Op.SOLARIZE,
-    "SolarizeAdd": Op.SOLARIZE_ADD,
-    "Color": Op.COLOR,
-    "Contrast": Op.CONTRAST,
-    "Brightness": Op.BRIGHTNESS,
-    "Sharpness": Op.SHARPNESS,
-    "ShearX": Op.SHEAR_X,
-    "ShearY": Op.SHEAR_Y,
-    "TranslateXRel": Op.TRANSLATE_X,
-    "TranslateYRel": Op.TRANSLATE_Y,
-}
-
 
 @pytest.fixture
 def seeded() -> Iterator[None]:
@@ -61,113 +38,8 @@ def seeded() -> Iterator[None]:
     np.random.set_state(numpy_state)
 
 
-RAND_AUGMENT = list(Op)[:RAND_AUGMENT_OPS]
-
-
 def table(config: AugmentConfig, n: int = DRAWN, image_px: int = 224) -> Draws:
     return draw(config, image_px, np.random.default_rng([1, 2, 3]), n)
-
-
-def timm_draws(text: str, n: int, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[Op, float]]]:
-    """Run timm's transform with operations that write down what they are asked for."""
-    done: list[tuple[Op, float]] = []
-
-    def recorder(op: Op) -> Callable[..., Image.Image]:
-        def record(image: Image.Image, *args: float, **_: object) -> Image.Image:
-            done.append((op, args[0] if args else 0.0))
-            return image
-
-        return record
-
-    for name, op in TIMM_NAMES.items():
-        for variant in (name, name + "Increasing"):
-            if variant in auto_augment.NAME_TO_OP:
-                monkeypatch.setitem(auto_augment.NAME_TO_OP, variant, recorder(op))
-    transform = auto_augment.rand_augment_transform(text, {"img_mean": (124, 116, 104)})
-    image, images = Image.new("RGB", (8, 8)), []
-    for _ in range(n):
-        done.clear()
-        transform(image)
-        images.append(list(done))
-    return images
-
-
-@pytest.mark.usefixtures("seeded")
-@pytest.mark.parametrize("text", [DEIT, "rand-m6-n3-mstd1-p0.7", "rand-m10-mstd101-inc1"])
-def test_operations_and_their_arguments_are_drawn_as_timm_draws_them(
-    text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    theirs = timm_draws(text, DRAWN, monkeypatch)
-    ours = table(AugmentConfig(auto_augment=text))
-    their_ops = Counter(op for image in theirs for op, _ in image)
-    our_ops = Counter(int(op) for op in ours.op.ravel() if op != NO_OP)
-    counts = np.array([[their_ops[op], our_ops[op]] for op in RAND_AUGMENT])
-    assert stats.chi2_contingency(counts).pvalue > SIGNIFICANT
-
-    slots = ours.op.shape[1]
-    their_carried_out = Counter(len(image) for image in theirs)
-    our_carried_out = Counter((ours.op != NO_OP).sum(axis=1).tolist())
-    carried_out = np.array([[their_carried_out[k], our_carried_out[k]] for k in range(slots + 1)])
-    assert stats.chi2_contingency(carried_out).pvalue > SIGNIFICANT
-
-    for op in RAND_AUGMENT:
-        their_args = np.array([arg for image in theirs for name, arg in image if name == op])
-        if op == Op.POSTERIZE:
-            their_args = np.maximum(1, their_args)  # our one deviation: never 0 bits
-        our_args = ours.arg[ours.op == op]
-        assert stats.ks_2samp(their_args, our_args).pvalue > SIGNIFICANT, op.name
-
-
-@pytest.mark.usefixtures("seeded")
-@pytest.mark.parametrize("text", ["3a", "3a-mstd1.5"])
-def test_three_augment_is_drawn_as_timm_draws_it(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    solarized, kept_colour, blurred = [], [], []
-    monkeypatch.setitem(auto_augment.NAME_TO_OP, "Solarize", lambda image, level, **_: solarized.append(level) or image)
-    monkeypatch.setattr(auto_augment.ImageEnhance, "Color", lambda image: Recorder(image, kept_colour))
-    monkeypatch.setattr(auto_augment.ImageFilter, "GaussianBlur", lambda radius: blurred.append(radius) or BLUR)
-    transform, image = (
-        auto_augment.auto_augment_transform(text, {"img_mean": (124, 116, 104)}),
-        Image.new("RGB", (8, 8)),
-    )
-    for _ in range(DRAWN):
-        transform(image)
-    ours = table(AugmentConfig(auto_augment=text))
-    assert ours.op.shape == (DRAWN, 1)
-    theirs = {Op.SOLARIZE: solarized, Op.COLOR: kept_colour, Op.GAUSSIAN_BLUR: blurred}
-    counts = np.array([[len(args), (ours.op == op).sum()] for op, args in theirs.items()])
-    assert counts.sum(axis=0).tolist() == [DRAWN, DRAWN]
-    assert stats.chi2_contingency(counts).pvalue > SIGNIFICANT
-    for op, args in theirs.items():
-        assert stats.ks_2samp(args, ours.arg[ours.op == op]).pvalue > SIGNIFICANT, op.name
-
-
-BLUR = ImageFilter.BoxBlur(0)
-
-
-class Recorder(NamedTuple):
-    """Stands in for one of PIL's enhancers, and writes down by how much it was to enhance."""
-
-    image: Image.Image
-    factors: list[float]
-
-    def enhance(self, factor: float) -> Image.Image:
-        self.factors.append(factor)
-        return self.image
-
-
-def test_colours_are_jittered_as_torchvision_jitters_them() -> None:
-    torch.manual_seed(3)
-    jitter = ColorJitter(0.3, 0.3, 0.3)
-    drawn = [ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, None) for _ in range(DRAWN)]
-    ours = table(AugmentConfig(auto_augment=None, color_jitter=0.3))
-    kinds = (Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR)  # torchvision's 0, 1, 2; 3 is the hue
-    their_orders = Counter(tuple(kinds[n] for n in order.tolist() if n < 3) for order, *_ in drawn)
-    our_orders = Counter(map(tuple, ours.op.tolist()))
-    assert len(our_orders) == 6
-    counts = np.array([[their_orders[order], our_orders[order]] for order in our_orders])
-    assert stats.chi2_contingency(counts).pvalue > SIGNIFICANT
-    for number, op in enumerate(kinds, 1):
-        assert stats.ks_2samp([draw[number] for draw in drawn], ours.arg[ours.op == op]).pvalue > SIGNIFICANT, op.name
 
 
 @pytest.mark.parametrize(("auto_augment", "columns"), [(None, 3), ("3a", 4), ("rand-m9-n2", 2)])
@@ -183,19 +55,6 @@ def test_random_interpolation_takes_either_kernel_for_each_resize_and_each_warp(
     assert np.abs(both).max() < 0.03
     assert AugmentConfig(interpolation="random").eval_interpolation == "bicubic"
     assert (table(AugmentConfig(interpolation="bilinear"), 9).kernel == 1).all()
-
-
-@pytest.mark.usefixtures("seeded")
-def test_crops_of_an_image_are_drawn_as_timm_draws_them() -> None:
-    image = Image.new("RGB", (300, 120))  # wide: many attempts miss, some images fall back to the centre
-    scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
-    theirs = np.array([RandomResizedCropAndInterpolation.get_params(image, scale, ratio) for _ in range(DRAWN)])
-    crops = table(AugmentConfig()).crop
-    ours = np.array([crop_box(crops[row], image.height, image.width, ratio) for row in range(DRAWN)])
-    ours = ours.astype(float)
-    for column, name in enumerate(("top", "left", "height", "width")):
-        assert stats.ks_2samp(theirs[:, column], ours[:, column]).pvalue > SIGNIFICANT, name
-    assert stats.ks_2samp(theirs[:, 3] / theirs[:, 2], ours[:, 3] / ours[:, 2]).pvalue > SIGNIFICANT
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 10), (64, 64), (1, 1), (3, 2), (375, 500)])
@@ -251,9 +110,7 @@ def test_erased_rectangles_are_drawn_as_timm_draws_them(
         assert stats.ks_2samp(*(of_size(drawn[:, 2], drawn[:, 3]) for drawn in (theirs, ours))).pvalue > SIGNIFICANT
 
 
-def test_flips_come_with_their_probability() -> None:
-    flipped = table(AugmentConfig(hflip_prob=0.3)).flip.sum()
-    assert stats.binomtest(int(flipped), DRAWN, 0.3).pvalue > SIGNIFICANT
+def test_no_flips_are_drawn_where_none_are_wanted() -> None:
     assert not table(AugmentConfig(hflip_prob=0.0)).flip.any()
 
 

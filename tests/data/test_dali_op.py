@@ -33,7 +33,7 @@ BLURS = [0.1, 0.5, 1.0, 2.0]
 # warps by the cubic kernel (a = -0.75 against PIL's -1) and by the blending of the picture's rim with the fill;
 # the blur because PIL's is a threefold box.
 POINT_TOLERANCE = 0.02
-TOLERANCE = {Op.EQUALIZE: 0.7, Op.GAUSSIAN_BLUR: 1.0} | dict.fromkeys(WARPS, 2.0)
+TOLERANCE = {Op.EQUALIZE: 0.4, Op.GAUSSIAN_BLUR: 1.0} | dict.fromkeys(WARPS, 2.0)
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,8 @@ _TIMM: dict[Op, tuple[Callable[..., Image.Image], type | None]] = {
     Op.GAUSSIAN_BLUR: (auto_augment.gaussian_blur, float),
 }
 assert len(_TIMM) == len(Op)
+OP_OF_TIMM: dict[object, Op] = {function: op for op, (function, _) in _TIMM.items()}
+"""Which operation a function of timm's carries out."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,7 +94,14 @@ def _auto_contrast(images: DataNode, _slot: Slot, _warp: Warp) -> DataNode:
 
 def _equalize(images: DataNode, _slot: Slot, _warp: Warp) -> DataNode:
     # DALI's rule spreads the levels from the first one in use, PIL's from the last one: the same rule on the negative.
-    return _negative(fn.equalize(_negative(images)))
+    equalized = _negative(fn.equalize(_negative(images)))
+    # PIL divides by whole pixels a level, DALI by fractions of them.
+    highest = fn.reductions.max(images, axes=[0, 1], keep_dims=True)
+    counted = fn.cast(images != highest, dtype=types.FLOAT)
+    spread = fn.reductions.sum(counted, axes=[0, 1], keep_dims=True) / MAX_UINT8
+    step = math.floor(spread)
+    empty = fn.cast(step == 0, dtype=types.FLOAT)  # too few pixels for a level: PIL leaves the channel as it is
+    return _to_uint8(equalized * ((1.0 - empty) * spread / (step + empty)) + images * empty)
 
 
 def _invert(images: DataNode, _slot: Slot, _warp: Warp) -> DataNode:
