@@ -15,7 +15,7 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
-from fat_train.augment.policy import CROP_ATTEMPTS, AugmentConfig, Draws, RandAugment
+from fat_train.augment.policy import CROP_ATTEMPTS, NO_OP, AugmentConfig, Draws, RandAugment
 from fat_train.data.dali.host import ImageThreads, Stage, eval_stage, train_stages
 from fat_train.data.dali.op import (
     INTERPOLATION,
@@ -170,18 +170,14 @@ def _with_torch(
     if not augment.num_ops:
         return _host(first, crops, view)
     table = _table()
-    if not isinstance(augment.policy, RandAugment):
-        return _host(first, crops, view, table)
-    warp, slots = Warp(augment.interpolation, spec.fill), _slots(table, augment)
-    images = _rotated_or_sheared(_host(first, crops, view, table[:1]), slots[0], warp)
-    for number, stage in enumerate(further, 1):
-        images = _rotated_or_sheared(_host(stage, images, table[number : number + 1]), slots[number], warp)
-    return images
-
-
-def _rotated_or_sheared(images: DataNode, slot: Slot, warp: Warp) -> DataNode:
-    if slot.branch == PERSPECTIVE:
-        images = perspective(images, slot, warp)
+    images = _host(first, crops, view, table)  # most images are finished here
+    if isinstance(augment.policy, RandAugment):
+        warp = Warp(augment.interpolation, spec.fill)
+        for number, slot in enumerate(_slots(table, augment)):
+            if slot.branch == PERSPECTIVE:
+                images = perspective(images, slot, warp)
+            elif slot.late == 1 and slot.branch != NO_OP:
+                images = _host(further[number - 1], images, table[number : number + 1])
     return images
 
 

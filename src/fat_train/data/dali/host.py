@@ -19,12 +19,13 @@ from torch import Tensor
 
 from fat_train.augment.policy import INTERPOLATIONS, AugmentConfig, RandAugment
 from fat_train.data.dali.host_op import Picture, Room, carry_out
+from fat_train.data.dali.op import Column
 from fat_train.data.picture import PictureSpec, eval_geometry
 
 Pictures = list[UInt8[np.ndarray, "H W 3"]]
 Arrays = list[np.ndarray]
 Stage = Callable[..., Pictures]
-NO_TABLE = np.empty((0, 0), np.float32)
+NO_TABLE = np.empty((0, len(Column)), np.float32)
 
 
 class ImageThreads:
@@ -76,8 +77,8 @@ class ImageThreads:
 def train_stages(spec: PictureSpec, augment: AugmentConfig, threads: ImageThreads) -> list[Stage]:
     """Build the places in the training pipeline where pictures pass through torch.
 
-    The first resizes a crop, flips it and carries out its first operations; further ones carry out more. Where the
-    recipe has rotations and shears, which are DALI's, a stage does one operation, else the first does them all.
+    The first resizes a crop, flips it and carries out its operations up to the first that is DALI's, a rotation or
+    shear. Where the recipe has those, there is one for each further operation: for the images where it comes after.
 
     Returns:
         Functions for `fn.python_function`: a list an input, an array an image.
@@ -93,7 +94,8 @@ def _crop_stage(spec: PictureSpec, threads: ImageThreads) -> Stage:
             picture = resized(torch.from_numpy(crops[image]), spec.image_px, spec.image_px, int(kernel))
             if flip:
                 picture = picture.flip(1)
-            carry_out(picture, NO_TABLE if tables is None else tables[image], spec, room, out)
+            table = NO_TABLE if tables is None else tables[image]
+            carry_out(picture, table[table[:, Column.LATE] == 0], spec, room, out)
 
         return threads.each(0, len(crops), make)
 

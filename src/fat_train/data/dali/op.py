@@ -34,7 +34,8 @@ class Column(IntEnum):
     ARG = 1  # as `Draws.arg`
     KERNEL = 2  # row of `INTERPOLATIONS`
     BRANCH = 3  # index into `BRANCHES`, or `NO_OP`
-    MATRIX = 4  # 3×3, output to source pixels; of use where the branch is a warp
+    LATE = 4  # 1 where a rotation or shear comes before it
+    MATRIX = 5  # 3×3, output to source pixels; of use where the branch is a warp
 
 
 class Slot(NamedTuple):
@@ -44,12 +45,13 @@ class Slot(NamedTuple):
     arg: DataNode
     matrix: DataNode
     kernel: DataNode
+    late: DataNode
 
 
 def slot_of(row: DataNode) -> Slot:
     """Take a row of the table apart."""
     matrix = fn.reshape(row[Column.MATRIX : Column.MATRIX + 9], shape=[3, 3])
-    return Slot(whole(row[Column.BRANCH]), row[Column.ARG], matrix, whole(row[Column.KERNEL]))
+    return Slot(whole(row[Column.BRANCH]), row[Column.ARG], matrix, whole(row[Column.KERNEL]), whole(row[Column.LATE]))
 
 
 def whole(number: DataNode) -> DataNode:
@@ -233,8 +235,10 @@ def operation_table(draws: Draws, image_px: int) -> Float32[np.ndarray, "B n col
     """Write out what each image's operations need, see `Column`."""
     op, arg = draws.op, draws.arg
     branch = np.where(op == NO_OP, NO_OP, _BRANCH_OF_OP[op])
+    warps_so_far = (branch == PERSPECTIVE).cumsum(axis=1)
+    late = warps_so_far > (branch == PERSPECTIVE)
     matrix = warp_matrix(op, arg, image_px).reshape(*op.shape, 9)
-    head = np.stack([op, arg, draws.kernel[:, 1:], branch], axis=-1)
+    head = np.stack([op, arg, draws.kernel[:, 1:], branch, late], axis=-1)
     return np.concatenate([head, matrix], axis=-1).astype(np.float32)
 
 
