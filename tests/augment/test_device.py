@@ -51,3 +51,12 @@ def test_pixel_mode_fills_with_unit_normal_noise_and_rand_mode_with_one_colour()
 def test_several_rectangles_are_erased() -> None:
     erased = erase(torch.full((1, 3, 8, 8), 9.0), torch.tensor([[[0, 0, 2, 2], [6, 6, 2, 2]]]), "const")
     assert (erased == 0).sum() == 3 * 8
+
+
+@pytest.mark.parametrize("mode", ["pixel", "rand"])
+def test_noise_follows_a_generator_that_is_given(mode: str) -> None:
+    images, boxes = torch.zeros(2, 3, 8, 8), torch.tensor([[[0, 0, 4, 4]], [[2, 2, 3, 3]]])
+    first, again = (erase(images, boxes, mode, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, erase(images, boxes, mode, torch.Generator().manual_seed(6)))
+    assert images.count_nonzero() == 0, "erased in place"
