@@ -49,7 +49,8 @@ class StockLoader:
         num_threads: int,
     ) -> None:
         self.files = [file for file, _ in samples]
-        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of DALI, at its own RandAugment
+        # Its RandAugment calls operators that it says are deprecated, and insists: they are caught, not filtered.
+        with warnings.catch_warnings(record=True):
             pipeline = _graph(
                 self.files,
                 [target for _, target in samples],
