@@ -43,6 +43,11 @@ def test_the_cost_of_randaugment_is_time_of_a_core() -> None:
     assert cost_lines({"full": RESULTS["full"]}, workers=2) == []
 
 
+def test_a_cost_below_nothing_is_called_noise() -> None:
+    (line,) = cost_lines({"crop": [Outcome("dali", [200.0])], "full": [Outcome("dali", [300.0])]}, workers=2)
+    assert line.startswith("dali: not to be told")
+
+
 def test_the_sentence_is_about_the_richest_recipe() -> None:
     assert verdict(RESULTS, 2) == ("2 cores feed 250 img/s of the full recipe (dali): 1.88 x timm", 250.0)
 

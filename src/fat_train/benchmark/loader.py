@@ -312,7 +312,8 @@ NOTES = (
     "workers, and yield float32 batches that are normalised and erased, on the CPU. The names that end in _uint8 leave "
     "that to the training device, as on a GPU; their ratio is to timm_uint8.",
     "A ratio is the median over the rounds of each round's own. Turns go round, and batches that were made ahead are "
-    "thrown away before the clock starts.",
+    "thrown away before the clock starts. Recipes come one after another: what compares two of them, such as the cost "
+    "of RandAugment, is worth something on a machine that nothing else loads.",
     "torchvision: tensors, bilinear warps, its own RandAugment (every operation is carried out; timm's with p = 0.5). "
     "dali_stock: DALI's RandAugment (likewise) and zeros in erased rectangles. ffcv: its own file of the same pictures "
     "as JPEGs of quality 90, resized without antialiasing. timm's posterize keeps a bit at least.",

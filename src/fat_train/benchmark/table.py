@@ -49,6 +49,9 @@ def cost_lines(results: Results, workers: int) -> list[str]:
         full = full_of[crop.name]
         if math.isnan(crop.rate) or math.isnan(full.rate):
             continue
+        if full.rate >= crop.rate:  # the recipes are raced one after the other, under another load
+            lines.append(f"{crop.name}: not to be told, the machine's load changed more between the recipes")
+            continue
         ms = 1000 * workers * (1 / full.rate - 1 / crop.rate)
         lines.append(
             f"{crop.name}: {ms:.2f} ms of a core an image, {full.rate / crop.rate:.0%} of the crop's speed left"
