@@ -6,6 +6,7 @@ Importing it makes the models' names known to `timm.create_model` too.
 from importlib.metadata import PackageNotFoundError, version
 
 from fat_train.checkpoint.weights import load_weights
+from fat_train.config.loaders import create_loader, list_recipes
 from fat_train.config.zoo import create_model, list_models, register_with_timm
 
 try:
@@ -13,6 +14,6 @@ try:
 except PackageNotFoundError:
     __version__ = "0+not.installed"
 
-__all__ = ["__version__", "create_model", "list_models", "load_weights"]
+__all__ = ["__version__", "create_loader", "create_model", "list_models", "list_recipes", "load_weights"]
 
 register_with_timm()

@@ -24,6 +24,7 @@ COMMANDS = {
     "check augment": "the augmentation against timm's: picture by picture, draw by draw",
     "pack": "the data set as tar shards of smaller pictures, read and decoded faster",
     "report": "curves and a table of a run",
+    "benchmark loader": "images per second of our loaders beside timm's, torchvision's and DALI's own",
 }
 OPTIONS = ("--help", "--cfg", "--config-dir")
 TRACEBACK = "FAT_TRAIN_TRACEBACK"

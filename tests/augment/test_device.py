@@ -60,3 +60,12 @@ def test_a_mask_is_its_box_and_an_empty_box_is_nowhere() -> None:
         expected = torch.zeros(6, 7, dtype=torch.bool)
         expected[top:bottom, left:right] = True
         assert torch.equal(one, expected)
+
+
+@pytest.mark.parametrize("mode", ["pixel", "rand"])
+def test_noise_follows_a_generator_that_is_given(mode: str) -> None:
+    images, boxes = torch.zeros(2, 3, 8, 8), torch.tensor([[[0, 0, 4, 4]], [[2, 2, 3, 3]]])
+    first, again = (erase(images, boxes, mode, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, erase(images, boxes, mode, torch.Generator().manual_seed(6)))
+    assert images.count_nonzero() == 0, "erased in place"

@@ -16,7 +16,8 @@ def to_input(images: UInt8[Tensor, "B H W C"], mean: Sequence[float], std: Seque
     The result is a view of channels-last memory (a permuted NHWC tensor), which is the layout that the models want.
     """
     scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
-    return torch.addcmul(shift, images.float(), scale).permute(0, 3, 1, 2)  # [B, C, H, W]
+    floats = images.float()
+    return torch.addcmul(shift, floats, scale, out=floats).permute(0, 3, 1, 2)  # [B, C, H, W]
 
 
 @lru_cache(maxsize=8)
@@ -35,7 +36,12 @@ def to_pixels(
     return (pixels * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def erase(images: Float[Tensor, "B C H W"], boxes: Int[Tensor, "B R 4"], mode: str) -> Float[Tensor, "B C H W"]:
+def erase(
+    images: Float[Tensor, "B C H W"],
+    boxes: Int[Tensor, "B R 4"],
+    mode: str,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "B C H W"]:
     """Random erasing (Zhong et al., 2020) of the given rectangles, on normalised pixels.
 
     Args:
@@ -43,13 +49,17 @@ def erase(images: Float[Tensor, "B C H W"], boxes: Int[Tensor, "B R 4"], mode: s
         boxes: (top, left, height, width) in pixels; height 0 erases nothing.
         mode: "pixel" draws each value from N(0, 1), "rand" one colour a rectangle from N(0, 1), "const" fills with 0
             (the mean colour).
+        generator: of the noise, on the images' device; torch's own unless given.
 
-    The rectangles become a mask on the device, so no value of theirs is ever read by the host.
+    On a GPU the rectangles become a mask, so no value of theirs is ever read by the host. On the CPU only the pixels
+    inside get noise: drawing it for the whole batch would take as long as reading the batch's files.
     """
+    if images.device.type == "cpu" and boxes.shape[1]:
+        return _erase_on_cpu(images.clone(), boxes, mode, generator)
     _, channels, height, width = images.shape
     for box in boxes.unbind(1):  # R is the recipe's count, 1 as a rule
         corners = torch.cat([box[:, :2], box[:, :2] + box[:, 2:]], dim=1)
-        images = torch.where(box_mask(corners, height, width), _fill(images, mode, channels), images)
+        images = torch.where(box_mask(corners, height, width), _fill(images, mode, channels, generator), images)
     return images
 
 
@@ -63,10 +73,19 @@ def box_mask(corners: Shaped[Tensor, "B 4"], height: int, width: int) -> Bool[Te
     return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
-def _fill(images: Tensor, mode: str, channels: int) -> Tensor:
+def _fill(images: Tensor, mode: str, channels: int, generator: torch.Generator | None) -> Tensor:
     if mode == "pixel":
-        return torch.randn_like(images)
+        return torch.empty_like(images).normal_(generator=generator)
     if mode == "rand":
-        return torch.randn(len(images), channels, 1, 1, device=images.device, dtype=images.dtype)
+        return images.new_empty(len(images), channels, 1, 1).normal_(generator=generator)
     assert mode == "const", mode
     return torch.zeros((), device=images.device, dtype=images.dtype)
+
+
+def _erase_on_cpu(images: Tensor, boxes: Tensor, mode: str, generator: torch.Generator | None) -> Tensor:
+    for image, of_image in zip(images, boxes.tolist(), strict=True):
+        for top, left, tall, wide in of_image:
+            if tall:
+                inside = image[None, :, top : top + tall, left : left + wide]  # [1, C, tall, wide]
+                inside.copy_(_fill(inside, mode, image.shape[0], generator))
+    return images

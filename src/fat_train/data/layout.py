@@ -56,7 +56,7 @@ def scan_splits(root: str | Path | None, splits: Sequence[str]) -> Sequence[File
     Raises:
         UserError: as `scan_pair`.
     """
-    folder = _checked_root(root)
+    folder = checked_root(root)
     return next(layout for layout in LAYOUTS if layout.recognise(folder)).scan(folder, splits)
 
 
@@ -189,7 +189,13 @@ def _read_labels(file: Path) -> dict[str, str]:
     return wnids
 
 
-def _checked_root(root: str | Path | None) -> Path:
+def checked_root(root: str | Path | None) -> Path:
+    """The folder that was given.
+
+    Raises:
+        MissingPathError: it is not there.
+        UserError: none was given, or it is a file.
+    """
     if root is None or str(root) in ("", "???"):
         raise UserError(
             f"{KEY} is not set: give the folder that holds {_wanted()}, as {KEY}=<folder>; data=digits needs no folder"

@@ -81,6 +81,7 @@ class TorchLoader(Loader):
             num_workers=num_workers,
             collate_fn=_as_it_is,
             pin_memory=pin_memory,
+            generator=torch.Generator(),  # of seeds for workers, which draw nothing: torch's own is left alone
             persistent_workers=num_workers > 0,
             prefetch_factor=BATCHES_AHEAD_PER_WORKER if num_workers else None,
             multiprocessing_context=_worker_context() if num_workers else None,

@@ -1,0 +1,68 @@
+"""What a model takes, for a plain loop: a loader's batches, normalised and erased on the model's device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fat_train.augment.device import erase, to_input
+from fat_train.data.loader import Loader
+from fat_train.types import Batch
+
+NOISE_TAG = 0x4E4F4953  # keeps the noise's random stream apart from any other that is seeded by (seed, epoch, step)
+
+
+class InputLoader:
+    """An iterable over `(images, targets)`: float32 pictures in channels-last memory, and class numbers.
+
+    The position, and what may be done with it, are the `Loader`'s underneath. The noise of erased rectangles follows
+    from seed, epoch, batch and rank, and leaves torch's own generators alone.
+
+    Args:
+        loader: what reads the files.
+        mean: of each channel of RGB in [0, 1].
+        std: of each channel, likewise.
+        device: where the model is.
+    """
+
+    def __init__(self, loader: Loader, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        self.loader = loader
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.device = device
+        self._noise = torch.Generator(device)
+
+    def __len__(self) -> int:
+        """Batches of this rank in a whole epoch."""
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int) -> None:
+        """See `Loader.set_epoch`."""
+        self.loader.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, int]:
+        """See `Loader.state_dict`."""
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """See `Loader.load_state_dict`."""
+        self.loader.load_state_dict(state)
+
+    def __iter__(self) -> Iterator[tuple[Float[Tensor, "B C H W"], Int[Tensor, " B"]]]:
+        for batch in self.loader:
+            state = self.loader.state_dict()
+            yield self._prepare(batch, state["epoch"], state["batch"])
+
+    def _prepare(self, batch: Batch, epoch: int, number: int) -> tuple[Tensor, Tensor]:
+        pixels, targets, _, boxes = (part.to(self.device, non_blocking=True) for part in batch)
+        images = to_input(pixels, self.mean, self.std)
+        augment = self.loader.augment
+        if augment is not None and augment.erase_prob > 0:
+            order = self.loader.order
+            rng = np.random.default_rng([order.seed, epoch, number, order.rank, NOISE_TAG])
+            self._noise.manual_seed(int(rng.integers(2**63 - 1)))
+            images = erase(images, boxes, augment.erase_mode, self._noise)
+        return images, targets
