@@ -3,7 +3,12 @@
 Importing it makes the models' names known to `timm.create_model` too.
 """
 
+import os
 from importlib.metadata import PackageNotFoundError, version
+
+# Pages of 2 MiB for torch's larger tensors in main memory, where the system has them: a fresh batch costs more in page
+# faults of 4 KiB than in arithmetic (docs/log.md). torch reads this when it first allocates.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from fat_train.checkpoint.weights import load_weights
 from fat_train.config.loaders import create_loader, list_recipes

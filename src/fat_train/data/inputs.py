@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -34,6 +36,7 @@ class InputLoader:
         self.mean, self.std = tuple(mean), tuple(std)
         self.device = device
         self._noise = torch.Generator(device)
+        self._memory = _Memory()
 
     def __len__(self) -> int:
         """Batches of this rank in a whole epoch."""
@@ -58,7 +61,8 @@ class InputLoader:
 
     def _prepare(self, batch: Batch, epoch: int, number: int) -> tuple[Tensor, Tensor]:
         pixels, targets, _, boxes = (part.to(self.device, non_blocking=True) for part in batch)
-        images = to_input(pixels, self.mean, self.std)
+        out = self._memory.take(pixels.shape) if self.device.type == "cpu" else None
+        images = to_input(pixels, self.mean, self.std, out)
         augment = self.loader.augment
         if augment is not None and augment.erase_prob > 0:
             order = self.loader.order
@@ -66,3 +70,28 @@ class InputLoader:
             self._noise.manual_seed(int(rng.integers(2**63 - 1)))
             images = erase(images, boxes, augment.erase_mode, self._noise)
         return images, targets
+
+
+class _Memory:
+    """Float32 batches in main memory that are used again once nobody refers to them.
+
+    Fresh memory for each would cost more than filling it: the system hands it out zeroed, page by page.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[np.ndarray] = []
+
+    def take(self, shape: Sequence[int]) -> Float[Tensor, "B H W C"]:
+        """Give a batch of this shape, of any content. Every view of it keeps it from being given again."""
+        size = math.prod(shape)
+        for number in range(len(self._blocks)):
+            if sys.getrefcount(self._blocks[number]) == _UNUSED and self._blocks[number].size == size:
+                return torch.from_numpy(self._blocks[number]).view(*shape)
+        self._blocks = [block for block in self._blocks if block.size == size]  # another size of batch has begun
+        self._blocks.append(np.empty(size, np.float32))
+        return torch.from_numpy(self._blocks[-1]).view(*shape)
+
+
+_PROBE = [np.empty(1)]
+_UNUSED = sys.getrefcount(_PROBE[0])
+"""The references that CPython counts where the list's is the only one."""
