@@ -66,7 +66,9 @@ class PictureSpec:
 
 def unreadable(place: Place, reason: str) -> UserError:
     """Say which file stopped the loader, and why."""
-    return UserError(f"cannot read the image {place} ({reason}): mend it, or take it out of the data set")
+    return UserError(
+        f"cannot read the image {place} ({reason}): mend it, or leave it out (check lists all of its kind for data.exclude)"
+    )
 
 
 def read_rgb(place: Place) -> Image.Image:

@@ -15,17 +15,18 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
-from fat_train.augment.policy import CROP_ATTEMPTS, NO_OP, AugmentConfig, Draws, RandAugment
+from fat_train.augment.policy import CROP_ATTEMPTS, AugmentConfig, Draws, RandAugment
 from fat_train.data.dali.host import ImageThreads, Stage, eval_stage, train_stages
 from fat_train.data.dali.op import (
     INTERPOLATION,
-    PERSPECTIVE,
+    Column,
     Slot,
     Warp,
     operation_table,
     perspective,
     rand_augment,
     slot_of,
+    turn_of,
     whole,
     with_kernel,
 )
@@ -173,11 +174,18 @@ def _with_torch(
     images = _host(first, crops, view, table)  # most images are finished here
     if isinstance(augment.policy, RandAugment):
         warp = Warp(augment.interpolation, spec.fill)
-        for number, slot in enumerate(_slots(table, augment)):
-            if slot.branch == PERSPECTIVE:
-                images = perspective(images, slot, warp)
-            elif slot.late == 1 and slot.branch != NO_OP:
-                images = _host(further[number - 1], images, table[number : number + 1])
+        for number in range(augment.num_ops):
+            turn = turn_of(table[number])
+            if turn.branch == 1:
+                images = perspective(images, turn, warp)
+            if number < len(further):
+                images = _late(further[number], images, table, whole(table[number, Column.LATE]))
+    return images
+
+
+def _late(stage: Stage, images: DataNode, table: DataNode, late: DataNode) -> DataNode:
+    if late == 1:
+        images = _host(stage, images, table)
     return images
 
 

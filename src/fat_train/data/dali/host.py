@@ -25,7 +25,7 @@ from fat_train.data.picture import PictureSpec, eval_geometry
 Pictures = list[UInt8[np.ndarray, "H W 3"]]
 Arrays = list[np.ndarray]
 Stage = Callable[..., Pictures]
-NO_TABLE = np.empty((0, len(Column)), np.float32)
+NO_TABLE = np.empty((0, Column.LATE + 1), np.float32)
 
 
 class ImageThreads:
@@ -77,8 +77,8 @@ class ImageThreads:
 def train_stages(spec: PictureSpec, augment: AugmentConfig, threads: ImageThreads) -> list[Stage]:
     """Build the places in the training pipeline where pictures pass through torch.
 
-    The first resizes a crop, flips it and carries out its operations up to the first that is DALI's, a rotation or
-    shear. Where the recipe has those, there is one for each further operation: for the images where it comes after.
+    The first resizes a crop, flips it and carries out its operations up to the first that is DALI's, a rotation.
+    Where the recipe has those, stage k carries out what comes after the k-th of an image and before the next.
 
     Returns:
         Functions for `fn.python_function`: a list an input, an array an image.
@@ -95,7 +95,7 @@ def _crop_stage(spec: PictureSpec, threads: ImageThreads) -> Stage:
             if flip:
                 picture = picture.flip(1)
             table = NO_TABLE if tables is None else tables[image]
-            carry_out(picture, table[table[:, Column.LATE] == 0], spec, room, out)
+            carry_out(picture, table[table[:, Column.PHASE] == 0], spec, room, out)
 
         return threads.each(0, len(crops), make)
 
@@ -105,7 +105,8 @@ def _crop_stage(spec: PictureSpec, threads: ImageThreads) -> Stage:
 def _operation_stage(number: int, spec: PictureSpec, threads: ImageThreads) -> Stage:
     def stage(pictures: Arrays, tables: Arrays) -> Pictures:
         def make(image: int, out: Picture, room: Room) -> None:
-            carry_out(torch.from_numpy(pictures[image]), tables[image], spec, room, out)
+            table = tables[image]
+            carry_out(torch.from_numpy(pictures[image]), table[table[:, Column.PHASE] == number], spec, room, out)
 
         return threads.each(number, len(pictures), make)
 

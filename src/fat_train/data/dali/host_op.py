@@ -1,7 +1,7 @@
 """The operations of RandAugment and ThreeAugment on the CPU, by vectorised torch kernels: PIL's very pictures.
 
-DALI's arithmetic goes value by value on a CPU; the same formulas take a fifth of the time here. Rotations and shears
-are not among them: they are DALI's, whose warps are quicker than what torch has.
+DALI's arithmetic goes value by value on a CPU; the same formulas take a fifth of the time here. Rotations are not among
+them: each of their pixels has weights of its own, and DALI is quicker at that than what torch has.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ UNDER_ONE = 2.0**-10
 """Keeps a float32 sum that should be whole from being truncated to the level below."""
 
 Picture = UInt8[Tensor, "H W 3"]
+D = TypeVar("D", float, Tensor)
 
 
 class Room:
@@ -42,6 +43,11 @@ class Room:
         self.pictures = torch.empty(2, px, px, 3, dtype=torch.uint8).unbind()
         self.luma = torch.tensor(LUMA)
         self.channel_start = (torch.arange(3, dtype=torch.int32) * 256).repeat(px)
+        self.pixels = torch.zeros(px, px, 4, dtype=torch.uint8)
+        self.float_c, self.float_d = torch.empty(2, px, px * 4).unbind()
+        self.along = torch.arange(px, dtype=torch.int32)
+        self.centres = self.along + 0.5
+        self.line_start = self.along[:, None] * px
         self._blank: dict[tuple[int, int, int], Picture] = {}
 
     def blank(self, fill: tuple[int, int, int]) -> Picture:
@@ -187,11 +193,35 @@ def _add_shifted(total: Tensor, own: Tensor, start: int, weight: float, axis: in
         total.narrow(axis, length - after, after).add_(own.narrow(axis, px - 1, 1), alpha=weight)
 
 
-def _taps(d: float, kernel: int) -> list[tuple[int, float]]:
+def _taps(d: D, kernel: int) -> list[tuple[int, D]]:
     """Neighbour and weight of PIL's transforms at the fraction d of a pixel; its cubic has a = −1."""
     if INTERPOLATIONS[kernel] == "bilinear":
         return [(0, 1 - d), (1, d)]
     return [(-1, -d + 2 * d**2 - d**3), (0, 1 - 2 * d**2 + d**3), (1, d + d**2 - d**3), (2, -(d**2) + d**3)]
+
+
+def _shear(at: Operation, room: Room, out: Picture, *, axis: int) -> None:
+    """PIL's transform by a shear: along each line all pixels have the same weights, and only their start differs.
+
+    Lines are rows where `axis` is 1, columns where it is 0. A pixel is one 32-bit number while it is fetched.
+    """
+    px = room.px
+    shift = at.arg * (torch.arange(px, dtype=torch.float64) + 0.5)
+    whole = shift.floor()
+    source = room.along + whole.int()[:, None]  # [line, pixel], the neighbour of tap 0
+    place = room.centres + shift.float()[:, None]
+    room.pixels[..., :3].copy_(at.picture)
+    pixels = room.pixels.view(torch.int32).view(px, px)
+    table = (pixels if axis == 1 else pixels.t().contiguous()).view(-1)
+    total = room.float_c.fill_(UNDER_ONE)
+    for tap, weight in _taps(shift - whole, at.kernel):
+        fetched = table.index_select(0, (source + tap).clamp_(0, px - 1).add_(room.line_start).view(-1))
+        levels = room.float_d.copy_(fetched.view(torch.uint8).view(px, -1))
+        total.addcmul_(levels, weight.float()[:, None])
+    made = total.clamp_(0, MAX_LEVEL).to(torch.int16).to(torch.uint8).view(torch.int32)
+    made.masked_fill_((place < 0) | (place >= px), int.from_bytes(bytes(at.spec.fill), "little"))
+    made = made if axis == 1 else made.t().contiguous()
+    out.copy_(made.view(torch.uint8).view(px, px, 4)[..., :3])
 
 
 def _gaussian_blur(at: Operation, _room: Room, out: Picture) -> None:
@@ -210,6 +240,8 @@ HOST_OPS: dict[int, Callable[[Operation, Room, Picture], None]] = {
     Op.CONTRAST: _contrast,
     Op.BRIGHTNESS: _brightness,
     Op.SHARPNESS: _sharpness,
+    Op.SHEAR_X: partial(_shear, axis=1),
+    Op.SHEAR_Y: partial(_shear, axis=0),
     Op.TRANSLATE_X: partial(_translate, axis=1),
     Op.TRANSLATE_Y: partial(_translate, axis=0),
     Op.GAUSSIAN_BLUR: _gaussian_blur,

@@ -1,6 +1,6 @@
 """The operations of RandAugment and ThreeAugment in DALI, by PIL's formulas: what a GPU runs.
 
-A CPU takes rotations and shears from here and has the others from `fat_train.data.dali.host_op`.
+A CPU takes rotations from here and has the others from `fat_train.data.dali.host_op`.
 
 PIL's colour operations end in a truncation, DALI's conversions in a rounding; `TRUNCATE` makes one of the other.
 What is left of a difference to PIL is measured in `tests/data/test_dali_op.py`.
@@ -34,8 +34,13 @@ class Column(IntEnum):
     ARG = 1  # as `Draws.arg`
     KERNEL = 2  # row of `INTERPOLATIONS`
     BRANCH = 3  # index into `BRANCHES`, or `NO_OP`
-    LATE = 4  # 1 where a rotation or shear comes before it
-    MATRIX = 5  # 3×3, output to source pixels; of use where the branch is a warp
+    MATRIX = 4  # 3×3, output to source pixels; of use where the branch is a warp
+    PHASE = 13  # rotations before it
+    # What a CPU does phase by phase; row k is about the image's k-th rotation, whichever operation that is.
+    TURNS = 14  # 1 where there is one
+    TURN_KERNEL = 15
+    TURN_MATRIX = 16
+    LATE = 25  # 1 where torch's operations come between it and the next
 
 
 class Slot(NamedTuple):
@@ -45,13 +50,21 @@ class Slot(NamedTuple):
     arg: DataNode
     matrix: DataNode
     kernel: DataNode
-    late: DataNode
 
 
 def slot_of(row: DataNode) -> Slot:
-    """Take a row of the table apart."""
-    matrix = fn.reshape(row[Column.MATRIX : Column.MATRIX + 9], shape=[3, 3])
-    return Slot(whole(row[Column.BRANCH]), row[Column.ARG], matrix, whole(row[Column.KERNEL]), whole(row[Column.LATE]))
+    """Take a row of the table apart, as a GPU needs it."""
+    return Slot(whole(row[Column.BRANCH]), row[Column.ARG], _matrix_at(row, Column.MATRIX), whole(row[Column.KERNEL]))
+
+
+def turn_of(row: DataNode) -> Slot:
+    """Take a row of the table apart, as a CPU needs it: the rotation that it is about."""
+    turns = whole(row[Column.TURNS])
+    return Slot(turns, row[Column.ARG], _matrix_at(row, Column.TURN_MATRIX), whole(row[Column.TURN_KERNEL]))
+
+
+def _matrix_at(row: DataNode, column: int) -> DataNode:
+    return fn.reshape(row[column : column + 9], shape=[3, 3])
 
 
 def whole(number: DataNode) -> DataNode:
@@ -151,7 +164,7 @@ def perspective(images: DataNode, slot: Slot, warp: Warp) -> DataNode:
     return with_kernel(warp.interpolation, slot.kernel, lambda kernel: _warped(images, slot, warp, kernel))
 
 
-def _translate(images: DataNode, slot: Slot, warp: Warp) -> DataNode:
+def _along_lines(images: DataNode, slot: Slot, warp: Warp) -> DataNode:
     return perspective(images, slot, warp)  # a branch of its own, since a CPU does these by other means
 
 
@@ -217,10 +230,10 @@ _LOWERING: dict[Op, Callable[[DataNode, Slot, Warp], DataNode]] = {
     Op.BRIGHTNESS: _brightness,
     Op.SHARPNESS: _sharpness,
     Op.ROTATE: perspective,
-    Op.SHEAR_X: perspective,
-    Op.SHEAR_Y: perspective,
-    Op.TRANSLATE_X: _translate,
-    Op.TRANSLATE_Y: _translate,
+    Op.SHEAR_X: _along_lines,
+    Op.SHEAR_Y: _along_lines,
+    Op.TRANSLATE_X: _along_lines,
+    Op.TRANSLATE_Y: _along_lines,
     Op.GAUSSIAN_BLUR: _gaussian_blur,
 }
 
@@ -235,11 +248,26 @@ def operation_table(draws: Draws, image_px: int) -> Float32[np.ndarray, "B n col
     """Write out what each image's operations need, see `Column`."""
     op, arg = draws.op, draws.arg
     branch = np.where(op == NO_OP, NO_OP, _BRANCH_OF_OP[op])
-    warps_so_far = (branch == PERSPECTIVE).cumsum(axis=1)
-    late = warps_so_far > (branch == PERSPECTIVE)
+    kernel = draws.kernel[:, 1:]
     matrix = warp_matrix(op, arg, image_px).reshape(*op.shape, 9)
-    head = np.stack([op, arg, draws.kernel[:, 1:], branch, late], axis=-1)
-    return np.concatenate([head, matrix], axis=-1).astype(np.float32)
+    turns = branch == PERSPECTIVE
+    phase = turns.cumsum(axis=1) - turns
+    nth = np.argsort(~turns, axis=1, kind="stable")  # the slots of an image's rotations come first
+    due = (branch != NO_OP) & ~turns
+    late = np.stack([(due & (phase == number + 1)).any(axis=1) for number in range(op.shape[1])], axis=1)
+    columns = {
+        Column.OP: op[..., None],
+        Column.ARG: arg[..., None],
+        Column.KERNEL: kernel[..., None],
+        Column.BRANCH: branch[..., None],
+        Column.MATRIX: matrix,
+        Column.PHASE: phase[..., None],
+        Column.TURNS: np.take_along_axis(turns, nth, axis=1)[..., None],
+        Column.TURN_KERNEL: np.take_along_axis(kernel, nth, axis=1)[..., None],
+        Column.TURN_MATRIX: np.take_along_axis(matrix, nth[..., None], axis=1),
+        Column.LATE: late[..., None],
+    }
+    return np.concatenate([columns[column] for column in sorted(columns)], axis=-1).astype(np.float32)
 
 
 def warp_matrix(
