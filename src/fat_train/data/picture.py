@@ -67,7 +67,8 @@ class PictureSpec:
 def unreadable(place: Place, reason: str) -> UserError:
     """Say which file stopped the loader, and why."""
     return UserError(
-        f"cannot read the image {place} ({reason}): mend it, or leave it out (check lists all of its kind for data.exclude)"
+        f"cannot read the image {place} ({reason}): mend it, "
+        "or leave it out (check lists all such files for data.exclude)"
     )
 
 
