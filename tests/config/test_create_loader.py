@@ -238,3 +238,23 @@ def test_a_batch_that_is_kept_is_never_written_again(pictures: Path) -> None:
     places = {images.data_ptr() for images, _ in loader}
     assert all(torch.equal(view, copy) for view, copy in zip(kept, copies, strict=True))
     assert len(places) < len(kept), "batches that nobody keeps share their memory"
+
+
+def test_validation_comes_to_the_same_integers_whatever_the_world_and_the_batch(create: Create) -> None:
+    weight = torch.randn(3, 3 * 32 * 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def counts(world_size: int, batch_size: int) -> dict[str, int]:
+        total = {"correct": 0, "second": 0, "images": 0}
+        for rank in range(world_size):
+            options = {"rank": rank, "world_size": world_size, "batch_size": batch_size}
+            for images, targets in create(split="val", **options):
+                order = (images.flatten(1).double() @ weight.T).argsort(dim=1, descending=True)
+                total["correct"] += int((order[:, 0] == targets).sum())
+                total["second"] += int((order[:, 1] == targets).sum())
+                total["images"] += len(targets)
+        return total
+
+    alone = counts(1, 17)
+    assert alone["images"] == 17
+    assert 0 < alone["correct"] < 17
+    assert all(counts(world_size, batch_size) == alone for world_size in WORLD_SIZES for batch_size in (3, 4))
