@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fat_train.augment.device import erase, to_input
 from fat_train.data.loader import Loader
+from fat_train.data.threads import torch_threads
 from fat_train.types import Batch
 
 NOISE_TAG = 0x4E4F4953  # keeps the noise's random stream apart from any other that is seeded by (seed, epoch, step)
@@ -37,6 +39,10 @@ class InputLoader:
         self.device = device
         self._noise = torch.Generator(device)
         self._memory = _Memory()
+        # On a CPU one thread does it: torch's would wait for each other while the loader's threads have the cores.
+        self._thread = torch_threads(1) if device.type == "cpu" else None
+        if self._thread is not None:
+            weakref.finalize(self, self._thread.shutdown, wait=False)
 
     def __len__(self) -> int:
         """Batches of this rank in a whole epoch."""
@@ -57,7 +63,10 @@ class InputLoader:
     def __iter__(self) -> Iterator[tuple[Float[Tensor, "B C H W"], Int[Tensor, " B"]]]:
         for batch in self.loader:
             state = self.loader.state_dict()
-            yield self._prepare(batch, state["epoch"], state["batch"])
+            if self._thread is None:
+                yield self._prepare(batch, state["epoch"], state["batch"])
+            else:
+                yield self._thread.submit(self._prepare, batch, state["epoch"], state["batch"]).result()
 
     def _prepare(self, batch: Batch, epoch: int, number: int) -> tuple[Tensor, Tensor]:
         pixels, targets, _, boxes = (part.to(self.device, non_blocking=True) for part in batch)

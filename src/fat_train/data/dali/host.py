@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from fat_train.augment.policy import INTERPOLATIONS, AugmentConfig, RandAugment
 from fat_train.data.dali.host_op import Picture, Room, carry_out
 from fat_train.data.dali.op import Column
 from fat_train.data.picture import PictureSpec, eval_geometry
+from fat_train.data.threads import torch_threads
 
 Pictures = list[UInt8[np.ndarray, "H W 3"]]
 Arrays = list[np.ndarray]
@@ -37,18 +37,10 @@ class ImageThreads:
         self._max_batch = max_batch
         self._made: dict[int, UInt8[Tensor, "B H W 3"]] = {}
         self._own = threading.local()
-        threads_of_caller = torch.get_num_threads()
-        ready = threading.Barrier(count + 1)
-        self._pool = ThreadPoolExecutor(count, "fat_train_image", self._begin, (ready,))
-        for _ in range(count):
-            self._pool.submit(int)
-        ready.wait()
-        torch.set_num_threads(threads_of_caller)  # what `_begin` says holds for threads yet to come, too
+        self._pool = torch_threads(count, self._begin)
 
-    def _begin(self, ready: threading.Barrier) -> None:
-        torch.set_num_threads(1)  # of this thread: whole images run side by side, not parts of one
+    def _begin(self) -> None:
         self._own.room = Room(self._px)
-        ready.wait()
 
     def close(self) -> None:
         """Let go of the threads and of what they made: DALI never forgets a function that it was given."""
