@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fat_train.__main__ import main
-from fat_train.augment import policy
+from fat_train.augment import draws as augment_draws
 from fat_train.augment.policy import Op
 from fat_train.report import drawn
 
@@ -38,8 +38,8 @@ def test_without_dali_the_draws_are_compared_alone_and_a_wrong_policy_is_named(
 ) -> None:
     monkeypatch.setattr("fat_train.data.datamodule._dali_is_installed", lambda: False)
 
-    def flips_too_often(*arguments: object) -> policy.Draws:
-        draws = policy.draw(*arguments)
+    def flips_too_often(*arguments: object) -> augment_draws.Draws:
+        draws = augment_draws.draw(*arguments)
         draws.flip[:200] = True
         return draws
 

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float64
 from PIL import Image
 
-from fat_train.augment.policy import AugmentConfig, Draws, crop_box, draw
+from fat_train.augment.draws import Draws, crop_box, draw
+from fat_train.augment.policy import AugmentConfig
 from fat_train.data.index import Place
 from fat_train.data.picture import PictureSpec, make_pictures
 

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from fat_train.augment.policy import INTERPOLATIONS, NO_OP, WARPS, AugmentConfig, Op, draw, operation_argument
+from fat_train.augment.draws import draw, operation_argument
+from fat_train.augment.policy import INTERPOLATIONS, NO_OP, WARPS, AugmentConfig, Op
 from fat_train.data.picture import PictureSpec, apply_op
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")

@@ -8,7 +8,8 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 from torchvision.transforms.functional import resized_crop
 
-from fat_train.augment.policy import AugmentConfig, crop_box, draw
+from fat_train.augment.draws import crop_box, draw
+from fat_train.augment.policy import AugmentConfig
 from fat_train.data.index import Place
 from fat_train.data.picture import PictureSpec, eval_picture, read_rgb, train_picture
 

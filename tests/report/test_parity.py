@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fat_train.augment.policy import NO_OP, AugmentConfig, Draws, Op
+from fat_train.augment.draws import Draws
+from fat_train.augment.policy import NO_OP, AugmentConfig, Op
 from fat_train.data.index import Place
 from fat_train.data.photograph import embedded_photographs, find_photographs
 from fat_train.data.picture import PictureSpec, make_pictures

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from fat_train.augment.policy import AugmentConfig, Draws, draw
+from fat_train.augment.draws import Draws, draw
+from fat_train.augment.policy import AugmentConfig
 from fat_train.data.index import FileIndex
 from fat_train.data.order import BatchPlan, Order
 from fat_train.types import Batch

@@ -15,7 +15,8 @@ from jaxtyping import UInt8
 from PIL import Image
 from timm.data import auto_augment
 
-from fat_train.augment.policy import INTERPOLATIONS, NO_OP, Draws, Op, crop_box
+from fat_train.augment.draws import Draws, crop_box
+from fat_train.augment.policy import INTERPOLATIONS, NO_OP, Op
 from fat_train.data.agreement import disagreement
 from fat_train.data.index import Place
 from fat_train.types import UserError

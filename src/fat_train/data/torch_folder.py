@@ -13,7 +13,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fat_train.augment.policy import AugmentConfig, Draws
+from fat_train.augment.draws import Draws
+from fat_train.augment.policy import AugmentConfig
 from fat_train.data.index import FileIndex, Place
 from fat_train.data.loader import Loader, Planned
 from fat_train.data.order import Order

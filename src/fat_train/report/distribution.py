@@ -12,7 +12,8 @@ from jaxtyping import Int64
 from rich.table import Table
 from scipy import stats
 
-from fat_train.augment.policy import CROP_ATTEMPTS, NO_OP, AugmentConfig, Op, crop_box
+from fat_train.augment.draws import CROP_ATTEMPTS, crop_box
+from fat_train.augment.policy import NO_OP, AugmentConfig, Op
 from fat_train.report.drawn import IMAGES_PX, Drawn
 
 FALSE_ALARMS = 0.001

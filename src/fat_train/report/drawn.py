@@ -22,7 +22,8 @@ from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolatio
 from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision import transforms
 
-from fat_train.augment.policy import JITTERED, NO_OP, AugmentConfig, Op, crop_box, draw
+from fat_train.augment.draws import crop_box, draw
+from fat_train.augment.policy import JITTERED, NO_OP, AugmentConfig, Op
 from fat_train.data.picture import OP_OF_TIMM
 
 IMAGES_PX = {"500×375": (375, 500), "300×100": (100, 300)}
@@ -46,7 +47,7 @@ class Drawn:
 
 
 def our_draws(config: AugmentConfig, image_px: int, n: int, seed: int = 0) -> Drawn:
-    """What `fat_train.augment.policy.draw` gives."""
+    """What `fat_train.augment.draws.draw` gives."""
     draws = draw(config, image_px, np.random.default_rng(seed), n)
     ratio = (config.crop_ratio[0], config.crop_ratio[1])
     crop = np.array([[crop_box(row, *size, ratio) for row in draws.crop] for size in IMAGES_PX.values()])

@@ -17,7 +17,8 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 from rich.table import Table
 
-from fat_train.augment.policy import BLUR_SIGMA, NO_OP, WARPS, AugmentConfig, Draws, Op, draw, operation_argument
+from fat_train.augment.draws import BLUR_SIGMA, Draws, draw, operation_argument
+from fat_train.augment.policy import NO_OP, WARPS, AugmentConfig, Op
 from fat_train.data.index import Place
 from fat_train.data.picture import PictureSpec, make_pictures
 

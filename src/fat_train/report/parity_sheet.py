@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from fat_train.augment.policy import AugmentConfig, Draws, Op, draw, operation_argument
+from fat_train.augment.draws import Draws, draw, operation_argument
+from fat_train.augment.policy import AugmentConfig, Op
 from fat_train.data.index import Place
 from fat_train.data.picture import PictureSpec, make_pictures
 from fat_train.report.parity import SEED, Lowering, arguments, draws_of_one, name_of, stack

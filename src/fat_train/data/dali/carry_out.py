@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import UInt8
 from nvidia.dali.pipeline import Pipeline
 
-from fat_train.augment.policy import RANDOM_INTERPOLATION, AugmentConfig, Draws
+from fat_train.augment.draws import Draws
+from fat_train.augment.policy import RANDOM_INTERPOLATION, AugmentConfig
 from fat_train.data.dali.graph import Execution, build_eval_pipeline, build_train_pipeline, feed_draws, feed_paths
 from fat_train.data.index import Place
 from fat_train.data.picture import PictureSpec

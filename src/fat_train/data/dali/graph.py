@@ -15,7 +15,8 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
-from fat_train.augment.policy import CROP_ATTEMPTS, AugmentConfig, Draws, RandAugment
+from fat_train.augment.draws import CROP_ATTEMPTS, Draws
+from fat_train.augment.policy import AugmentConfig, RandAugment
 from fat_train.data.dali.host import ImageThreads, Stage, eval_stage, train_stages
 from fat_train.data.dali.op import (
     INTERPOLATION,
@@ -234,7 +235,7 @@ def _size_of(encoded: DataNode) -> DataNode:
 
 
 def crop_box_nodes(candidates: DataNode, encoded: DataNode) -> tuple[DataNode, DataNode]:
-    """`fat_train.augment.policy.crop_box` as a graph: corner (top, left) and size (height, width), float64 pixels.
+    """`fat_train.augment.draws.crop_box` as a graph: corner (top, left) and size (height, width), float64 pixels.
 
     The central crop, which is taken where no attempt fits, is an eleventh candidate that always fits; its row holds
     the bounds of width/height in place of area and ratio.

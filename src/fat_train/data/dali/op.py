@@ -17,7 +17,8 @@ from jaxtyping import Float32, Float64, Int64
 from nvidia.dali import fn, math, types
 from nvidia.dali.data_node import DataNode
 
-from fat_train.augment.policy import INTERPOLATIONS, NO_OP, Draws, Op
+from fat_train.augment.draws import Draws
+from fat_train.augment.policy import INTERPOLATIONS, NO_OP, Op
 
 TRUNCATE = -0.4998  # less than half, so that the float error of a whole number does not take it a level down
 MAX_UINT8 = 255.0
