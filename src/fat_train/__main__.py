@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from fat_train.command.say import complain
 from fat_train.config.compose import compose, group_choices
 from fat_train.config.zoo import conf_dir
-from fat_train.types import UserError, nearest
+from fat_train.types import UnfinishedRunError, UserError, nearest
 
 # A command of two words is the module and the yaml whose name has "_" between them.
 COMMANDS = {
@@ -44,7 +44,7 @@ groups and their choices (group=choice; any value below them as group.key=value)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 after an error that the user can mend."""
+    """Run one command; returns the exit status: 0, 2 after an error that the user can mend, 75 after leaving early."""
     words = list(sys.argv[1:] if words is None else words)
     try:
         return _run(words)
@@ -53,6 +53,8 @@ def main(words: Sequence[str] | None = None) -> int:
             raise
         complain(str(error))
         return 2
+    except UnfinishedRunError as stop:
+        return stop.status
     except KeyboardInterrupt:
         return 130
 

@@ -17,6 +17,11 @@ from torch import Tensor
 
 NAMED_AT_MOST = 5
 
+EXIT_UNFINISHED = 75
+"""Status of a run that saved and left before its end: sysexits' EX_TEMPFAIL, the same command goes on."""
+EXIT_HUNG = 70
+"""Status of a run that ended itself because a rank made no progress: sysexits' EX_SOFTWARE."""
+
 
 class UserError(ValueError):
     """Something the user wrote and can mend: the message says the field, what is allowed and what was got.
@@ -27,6 +32,18 @@ class UserError(ValueError):
 
 class MissingPathError(FileNotFoundError, UserError):
     """A path that a setting led to is not there; the message names the setting."""
+
+
+class UnfinishedRunError(Exception):
+    """The run was asked to leave (a signal, a time limit), has saved, and goes on with the same command.
+
+    Attributes:
+        status: exit status of the process.
+    """
+
+    def __init__(self, why: str, status: int = EXIT_UNFINISHED) -> None:
+        super().__init__(why)
+        self.status = status
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
