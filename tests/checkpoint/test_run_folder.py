@@ -62,6 +62,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(used: R
     assert start.path == used.previous
     assert start.notes[0].startswith(f"{used.last} is damaged: ")
     assert ("checksum" in start.notes[0]) == (how == "one bit flipped")
+    used.begin_at(start)
+    assert used.starting_point("auto", overwrite=False) == (used.last, ())
 
 
 def test_a_run_of_which_every_checkpoint_is_damaged_is_not_started_afresh(used: RunFolder) -> None:

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from fat_train.checkpoint.io import find_damage, write_atomically
+from fat_train.checkpoint.io import find_damage, link_or_copy, write_atomically
 from fat_train.types import UserError
 
 HOLDER_LEAVES_WITHIN_S = 20
@@ -97,6 +97,11 @@ class RunFolder:
         first = [path for path in (self.last, self.previous) if path.is_file()]
         others = {path: path.stat().st_mtime for path in self.checkpoints.glob("*.ckpt") if path not in first}
         return first + sorted(others, key=lambda path: -others[path])
+
+    def begin_at(self, start: StartingPoint) -> None:
+        """Let last.ckpt be what the run goes on from: a damaged one must not become the one before the next."""
+        if start.path != self.last:
+            link_or_copy(start.path, self.last)
 
     def files(self) -> list[Path]:
         """What a former run left here that a fresh start would mix with its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ class Resumed(NamedTuple):
 
     path: Path
     position: Position
+    kept: Mapping[str, Any]
+    """What it says about the best checkpoints."""
     notes: tuple[str, ...]
     """What the user ought to know: damaged files, other images, another number of processes."""
 
@@ -34,7 +37,8 @@ def check_start(
         UserError: of another model, other classes, another global batch, or validated on images it has trained on.
     """
     path = start.path
-    about = read_checkpoint(path).get("fat_train", {})
+    saved = read_checkpoint(path)
+    about = saved.get("fat_train", {})
     if about.get("model") != config.model.name:
         raise UserError(f"{path} is a checkpoint of model={about.get('model')}, not of {config.model.name}. {WAYS_OUT}")
     changed = _changed_architecture(about["config"]["model"], values["model"])
@@ -54,7 +58,7 @@ def check_start(
     notes = [*start.notes, *_other_lists(path, about.get("data", {}), source)]
     if (about["world_size"], about["accumulate"]) != (plan.world_size, plan.accumulate):
         notes.append(_other_split(about["world_size"], about["accumulate"], plan))
-    return Resumed(path, Position(*about["position"]), tuple(notes))
+    return Resumed(path, Position(*about["position"]), saved["callbacks"]["Checkpoints"], tuple(notes))
 
 
 def fingerprints(source: DataSource) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 
+from fat_train.callback.checkpoint import delete_dropped
 from fat_train.callback.preemption import LeaveRequest
 from fat_train.checkpoint.provenance import provenance
 from fat_train.checkpoint.run_folder import RunFolder, StartingPoint
@@ -46,6 +47,8 @@ def run(tree: DictConfig) -> None:
             stack.enter_context(folder.held())
             if start is None:
                 folder.clear()
+            else:
+                folder.begin_at(start)
             _announce(config, source, plan, folder, resumed, values)
             folder.write_config(values)
         request = stack.enter_context(LeaveRequest(config.callback.preemption, speaks=is_rank_zero()))
@@ -144,8 +147,10 @@ def _announce(
 
 
 def _finished(config: RunConfig, folder: RunFolder, resumed: Resumed, plan: RunPlan) -> str:
-    if is_rank_zero() and not (folder.root / REPORT_FILE).exists():
-        write_report(folder.root)  # the end came between the last checkpoint and the report
+    if is_rank_zero():  # the end may have come right after the last checkpoint
+        delete_dropped(folder, resumed.kept)
+        if not (folder.root / REPORT_FILE).exists():
+            write_report(folder.root)
     return (
         f"{config.name} is finished: {resumed.path} has {resumed.position.updates // plan.steps_per_epoch} epochs "
         "behind it, "
