@@ -25,6 +25,7 @@ COMMANDS = {
     "pack": "the data set as tar shards of smaller pictures, read and decoded faster",
     "report": "curves and a table of a run",
     "benchmark loader": "images per second of our loaders beside timm's, torchvision's and DALI's own",
+    "benchmark checkpoint": "how long a training stands still for a checkpoint, and what saving costs it",
 }
 OPTIONS = ("--help", "--cfg", "--config-dir")
 TRACEBACK = "FAT_TRAIN_TRACEBACK"
@@ -107,7 +108,7 @@ def _take_config_dir(words: list[str]) -> Path | None:
 
 def _help(choices: dict[str, list[str]]) -> str:
     return HELP.format(
-        commands="\n".join(f"  {name:<18}{text}" for name, text in COMMANDS.items()),
+        commands="\n".join(f"  {name:<22}{text}" for name, text in COMMANDS.items()),
         groups="\n".join(f"  {group:<11}{', '.join(names)}" for group, names in choices.items()),
         traceback=TRACEBACK,
     )

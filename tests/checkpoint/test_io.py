@@ -45,7 +45,7 @@ def test_a_refusal_by_the_system_keeps_the_former_file_and_gives_the_systems_rea
 def test_a_checkpoint_that_has_no_room_is_not_begun(tmp_path: Path) -> None:
     """A tensor of 2 PB that takes no memory: no disk has the room, and none of it is written."""
     vast = torch.empty(1, dtype=torch.uint8).expand(2 * 10**15)
-    with pytest.raises(OSError, match=r"No space left on device \(2,000,000,001 MB needed, .* MB free\)"):
+    with pytest.raises(OSError, match=r"No space left on device \(2,000,000,001.0 MB needed, .* MB free\)"):
         write_checkpoint({"weights": vast}, tmp_path / "last.ckpt")
     assert names(tmp_path) == []
 
@@ -77,6 +77,24 @@ def test_any_flipped_bit_of_a_tensor_is_found(tmp_path: Path) -> None:
     for at in range(start, start + tensor.nbytes, 997):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
         assert "checksum" in find_damage(path)
+
+
+def test_no_flipped_bit_anywhere_makes_a_file_load_with_other_values_unnoticed(tmp_path: Path) -> None:
+    """Every byte of a small file: its damage is found, or it loads as it was (padding)."""
+    path = tmp_path / "last.ckpt"
+    content = {"weights": torch.arange(8.0), "epoch": 3}
+    write_checkpoint(content, path)
+    whole = path.read_bytes()
+    found = 0
+    for at in range(0, len(whole), 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        if find_damage(path):
+            found += 1
+        else:
+            loaded = torch.load(path, weights_only=True)
+            assert loaded["weights"].equal(content["weights"])
+            assert loaded["epoch"] == 3
+    assert found > len(whole) / 6
 
 
 def test_a_second_name_holds_what_the_first_held(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +59,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     needed = ROOM_BESIDE_TENSORS + sum(tensor.nbytes for tensor in tensors_of(checkpoint))
     free = shutil.disk_usage(path.parent).free
     if free < needed:
-        wants = f"{os.strerror(errno.ENOSPC)} ({needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free)"
+        wants = f"{os.strerror(errno.ENOSPC)} ({needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free)"
         raise OSError(errno.ENOSPC, wants, str(path))
     try:
         torch.save(checkpoint, path)
@@ -77,11 +76,14 @@ def find_damage(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, zlib.error, ValueError, NotImplementedError):
-        return "it is cut short, or no checkpoint"
+        if bad:
+            return f"the checksum of its part {bad} does not hold"
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # the archive's own records have no checksum
     except OSError as error:
         return error.strerror or str(error)
-    return f"the checksum of its part {bad} does not hold" if bad else ""
+    except Exception as error:  # whatever a reader makes of wrong bytes
+        return f"it is cut short, or no checkpoint ({type(error).__name__})"
+    return ""
 
 
 def link_or_copy(source: Path, name: Path) -> None:

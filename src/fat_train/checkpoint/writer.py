@@ -8,11 +8,10 @@ next forward and backward pass run, and only the step after waits for it. Then t
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +37,6 @@ class WriteOrder:
     """Addresses (`Tensor.data_ptr`) of tensors that stay as they are until the next optimiser step."""
 
 
-@dataclass
-class WriterTimes:
-    """Seconds that checkpoints have cost so far, and where."""
-
-    handing_over_s: list[float] = field(default_factory=list)
-    """In the training's thread, each until the training could go on."""
-    waiting_s: list[float] = field(default_factory=list)
-    """In the training's thread, before the next optimiser step, until the copy was made."""
-    copying_s: list[float] = field(default_factory=list)
-    """In the background."""
-    writing_s: list[float] = field(default_factory=list)
-    """In the background."""
-
-
 class BackgroundCheckpointIO(TorchCheckpointIO):
     """Lightning's door to the disk. At every moment each name holds a whole file, old or new.
 
@@ -60,7 +45,6 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
     """
 
     def __init__(self) -> None:
-        self.times = WriterTimes()
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
         self._copied = threading.Event()
@@ -85,24 +69,20 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         order = storage_options or WriteOrder()
         assert isinstance(order, WriteOrder)
         self.flush()
-        started = time.perf_counter()
         copies = _Copies(checkpoint, order.still)
         self._copied.clear()
         self._is_copied_for_training = False
         if self._thread is None:
             self._thread = torch_threads(1)
         self._writing = self._thread.submit(self._write, copies, Path(path), order)
-        self.times.handing_over_s.append(time.perf_counter() - started)
 
     def wait_for_copy(self) -> None:
         """To be called before anything changes the weights: returns when the pending checkpoint has its own copy."""
         if not self._is_copied_for_training:
             self._is_copied_for_training = True
-            started = time.perf_counter()
             self._copied.wait()
             if self._copied_on_device is not None:
                 torch.cuda.current_stream().wait_event(self._copied_on_device)  # the device waits, not the host
-            self.times.waiting_s.append(time.perf_counter() - started)
 
     def flush(self) -> None:
         """Return when everything is on the disk, or has failed."""
@@ -124,13 +104,11 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
 
     def _write(self, copies: _Copies, path: Path, order: WriteOrder) -> None:
         try:
-            started = time.perf_counter()
             try:
                 self._copied_on_device = copies.begin()
             finally:
                 self._copied.set()
             checkpoint = copies.finish()
-            copied = time.perf_counter()
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as beside:
                 write_checkpoint(checkpoint, beside)
@@ -140,8 +118,6 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
                     link_or_copy(path, order.keep_former_as)
             for name in order.then_delete:
                 name.unlink(missing_ok=True)
-            self.times.copying_s.append(copied - started)
-            self.times.writing_s.append(time.perf_counter() - copied)
         except OSError as error:
             self._failure = (path, error)
 

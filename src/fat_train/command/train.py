@@ -149,7 +149,8 @@ def _announce(
 def _finished(config: RunConfig, folder: RunFolder, resumed: Resumed, plan: RunPlan) -> str:
     if is_rank_zero():  # the end may have come right after the last checkpoint
         delete_dropped(folder, resumed.kept)
-        if not (folder.root / REPORT_FILE).exists():
+        report = folder.root / REPORT_FILE
+        if not report.exists() or report.stat().st_mtime < folder.metrics.stat().st_mtime:
             write_report(folder.root)
     return (
         f"{config.name} is finished: {resumed.path} has {resumed.position.updates // plan.steps_per_epoch} epochs "
