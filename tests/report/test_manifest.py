@@ -26,7 +26,7 @@ def test_the_same_manifest_is_not_written_again(tmp_path: Path) -> None:
 
 
 def test_a_sweep_grows_by_values_and_takes_the_newest_words() -> None:
-    grown = manifest("seed", "1", "3", words="new").joined_to(manifest("seed", "1", "2", words="old"))
+    grown = manifest("seed", "1", "3", words="new").joined_to(manifest("seed", "1", "2", words="old"), Path())
     assert [(cell.name, cell.words[1]) for cell in grown.cells] == [
         ("seed=1", "new"),
         ("seed=2", "old"),
@@ -35,13 +35,13 @@ def test_a_sweep_grows_by_values_and_takes_the_newest_words() -> None:
 
 
 def test_a_sweep_over_other_keys_is_another_sweep() -> None:
-    with pytest.raises(UserError, match="is a sweep over seed; this one is over rate"):
-        manifest("rate", "1").joined_to(manifest("seed", "1"))
+    with pytest.raises(UserError, match="holds a sweep over seed; this one is over rate"):
+        manifest("rate", "1").joined_to(manifest("seed", "1"), Path())
 
 
 def test_a_value_in_another_spelling_does_not_train_twice() -> None:
-    with pytest.raises(UserError, match=r"has runs of rate=1e-3; 0\.001 would train them again"):
-        manifest("rate", "0.001").joined_to(manifest("rate", "1e-3"))
+    with pytest.raises(UserError, match=r"has runs of rate=1e-3, and 0\.001 would train them again"):
+        manifest("rate", "0.001").joined_to(manifest("rate", "1e-3"), Path())
 
 
 @pytest.mark.parametrize("text", ["keys: [a]\n", "keys: [a]\ncells: [{name: x}]\n", "- 1\n", "{", ""])

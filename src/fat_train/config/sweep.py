@@ -14,7 +14,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
-from fat_train.config.compose import conf_folders, group_choices, parse_words
+from fat_train.config.compose import compose, conf_folders, group_choices, parse_words
+from fat_train.config.resolve import resolve
+from fat_train.config.run import RunSettings, plain
 from fat_train.report.manifest import Cell, meaning
 from fat_train.types import UserError
 
@@ -44,11 +46,13 @@ def sweep_cells(words: Sequence[str], extra_dir: Path | None = None) -> list[Cel
     choices = group_choices(conf_folders(extra_dir))
     options: list[list[str]] = []
     swept: dict[str, int] = {}
-    for word, override in zip(words, parse_words(words, sweep=True), strict=True):
+    parsed = parse_words(words, sweep=True)
+    words_of_key = Counter(override.key_or_group for override in parsed)
+    for word, override in zip(words, parsed, strict=True):
         key = override.key_or_group
         if override.is_sweep_override():
-            if key in swept:
-                raise UserError(f"{word}: {key} has several values in two words; give them in one")
+            if words_of_key[key] > 1:
+                raise UserError(f"{word}: another word sets {key} too; give all its values in one")
             if key.partition(".")[0] in ONE_FOR_ALL:
                 raise UserError(f"{word}: {key} is one for the whole sweep; a comma in a value wants quotes: '\"a,b\"'")
             swept[key] = len(options)
@@ -62,6 +66,29 @@ def sweep_cells(words: Sequence[str], extra_dir: Path | None = None) -> list[Cel
         values = {key: chosen[at].partition("=")[2] for key, at in sorted(swept.items())}
         cells.append(Cell(name=_name(values), values=values, words=list(chosen)))
     return cells
+
+
+def sweep_place(words: Sequence[str], extra_dir: Path | None = None) -> tuple[str, Path]:
+    """The sweep's name, and the folder that its runs' folders are in but for debugging ones.
+
+    The name follows from the words that have one value: `name=`, or else what a run of them would be called, without a
+    model or a data set that differs from run to run, and "_sweep".
+
+    Raises:
+        UserError: as `compose` does, or the name is no folder's.
+    """
+    parsed = list(zip(words, parse_words(words, sweep=True), strict=True))
+    swept = {override.key_or_group for _, override in parsed if override.is_sweep_override()}
+    base = plain(compose("train", [word for word, one in parsed if not one.is_sweep_override()], extra_dir))
+    if any(override.key_or_group == "name" for _, override in parsed) and base["name"]:
+        name = base["name"]
+    elif "experiment" in swept:
+        name = "experiment_sweep"
+    else:
+        parts = [base[group].get("name", group) for group in ("model", "data") if group not in swept]
+        name = "_".join([base["name"]] if base["name"] else parts) + "_sweep"
+    settings = resolve({"name": name.lstrip("_"), "folder": base["folder"]}, RunSettings, where="")
+    return settings.name, Path(settings.folder).expanduser() / settings.name
 
 
 def _values(override: Override, choices: Mapping[str, list[str]]) -> list[str]:

@@ -34,22 +34,24 @@ class Manifest:
     """What is swept, sorted."""
     cells: list[Cell]
 
-    def joined_to(self, former: Manifest) -> Manifest:
-        """The cells of both; a former cell of the same name gets this one's words.
+    def joined_to(self, former: Manifest, folder: Path) -> Manifest:
+        """The cells of both; a former cell of the same name gets this one's words. `folder` is the sweep's.
 
         Raises:
             UserError: the former sweep is over other keys, or a value of it is now written otherwise.
         """
         if former.keys != self.keys:
             raise UserError(
-                f"is a sweep over {', '.join(former.keys)}; this one is over {', '.join(self.keys)}. "
+                f"{folder} holds a sweep over {', '.join(former.keys)}; this one is over {', '.join(self.keys)}. "
                 "Give another name=<name>"
             )
         known = {key: {meaning(cell.values[key]): cell.values[key] for cell in former.cells} for key in self.keys}
         for key, value in (item for cell in self.cells for item in cell.values.items()):
             spelt = known[key].get(meaning(value), value)
             if spelt != value:
-                raise UserError(f"has runs of {key}={spelt}; {value} would train them again. Write {spelt}")
+                raise UserError(
+                    f"{folder} has runs of {key}={spelt}, and {value} would train them again. Write {key}={spelt}"
+                )
         cells = {cell.name: cell for cell in (*former.cells, *self.cells)}
         return Manifest(self.keys, list(cells.values()))
 
