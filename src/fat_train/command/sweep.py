@@ -26,7 +26,8 @@ from fat_train.config.sweep import sweep_cells, sweep_place
 from fat_train.data.datamodule import DataSource
 from fat_train.metric.record import format_duration
 from fat_train.report.manifest import MANIFEST_FILE, Cell, Manifest, read_manifest, write_manifest
-from fat_train.report.sweep import FINISHED, cell_table, percent, read_result
+from fat_train.report.sweep import cell_table, percent
+from fat_train.report.sweep_rows import FINISHED, read_result
 from fat_train.trainer.plan import RunPlan
 from fat_train.types import EXIT_HUNG, EXIT_UNFINISHED, UserError, some
 
