@@ -9,7 +9,7 @@ from pytorch_lightning import Callback
 
 from fat_train.callback.checkpoint import CheckpointConfig
 from fat_train.callback.ema import EMA, EMAConfig
-from fat_train.callback.finite import StopOnNonFinite
+from fat_train.callback.guard import GuardConfig
 from fat_train.callback.metrics_csv import MetricsCsv
 from fat_train.callback.progress import ProgressConfig
 
@@ -24,6 +24,8 @@ class CallbackConfig:
     """Moving average of the weights."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Which checkpoints are kept."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What is done about faults inside a run."""
 
     def build(
         self,
@@ -47,7 +49,7 @@ class CallbackConfig:
             log_every_n_steps: updates between two rows of metrics.csv.
             val_every_n_epochs: epochs between two validations.
         """
-        callbacks: list[Callback] = [StopOnNonFinite(checkpoints / "last.ckpt")]
+        callbacks = self.guard.build(folder=checkpoints.parent, last_checkpoint=checkpoints / "last.ckpt")
         if self.ema.decay:
             callbacks.append(EMA(self.ema.decay))
         callbacks.append(MetricsCsv(metrics, images_per_update=images_per_update, log_every_n_steps=log_every_n_steps))
