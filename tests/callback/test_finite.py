@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from broken_run import KINDS, break_updates, mend
 from pytorch_lightning import Callback, Trainer
 from torch import nn
 
+import broken_run
+from broken_run import KINDS, break_updates, mend
 from fat_train.__main__ import main
 from fat_train.callback.build import CallbackConfig
 from fat_train.callback.faulty_update import FaultyUpdate, gradient_norms
@@ -101,12 +102,15 @@ def test_an_epoch_whose_last_update_spoilt_the_weights_writes_no_checkpoint(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def test_an_update_that_is_left_out_leaves_weights_moments_statistics_and_average_as_they_were(
-    tmp_path: Path, tiny: list[str], kind: str
+    tmp_path: Path, tiny: list[str], kind: str, accelerator: str
 ) -> None:
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     break_updates(kind, [1])
     words = [*tiny, *LEARNS, *ONE_UPDATE_AN_EPOCH, f"folder={tmp_path}", "name=hit", "schedule.epochs=3"]
-    assert main(words) == 0
+    assert main([*words, f"trainer.accelerator={accelerator}"]) == 0
     first, second, third = (tmp_path / "hit" / "checkpoints" / f"epoch-00{epoch}.ckpt" for epoch in (1, 2, 3))
     assert_equal(learnt(second), learnt(first))
     assert read_checkpoint(second)["global_step"] == 2, "the run has gone on"
@@ -234,7 +238,7 @@ def test_no_checkpoint_within_an_epoch_holds_weights_that_are_not_finite(
 
 def broken(kind: str, updates: str, rank: int, *words: str) -> subprocess.CompletedProcess[str]:
     """The same as a user's process, and as many more as the words ask for."""
-    command = [sys.executable, str(Path(__file__).parent / "broken_run.py"), kind, updates, str(rank), *words]
+    command = [sys.executable, broken_run.__file__, kind, updates, str(rank), *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 

@@ -166,10 +166,10 @@ class EpochMeter:
         """Take up an epoch where `state_dict` left it; on another number of ranks each takes the mean sum."""
         self.reset(state["epoch"])
         self.updates = state["updates"]
-        self._batches = state["batches"]
-        self._restored_sums = [
-            list(pair) for pair in zip(state["loss_sum_of_ranks"], state["lost_batches_of_ranks"], strict=True)
-        ]
+        sums = state["loss_sum_of_ranks"]
+        lost = state.get("lost_batches_of_ranks", [0.0] * len(sums))  # checkpoints of before the guard lack it
+        self._batches = state.get("batches", self.updates)
+        self._restored_sums = [list(pair) for pair in zip(sums, lost, strict=True)]
         self._elapsed_before_s = state["elapsed_s"]
         self._paused_s = state["paused_s"]
 

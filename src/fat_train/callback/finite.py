@@ -178,7 +178,7 @@ class SkipNonFinite(Callback):
     def _refuse_spoilt(self, what: str, also: bool = False) -> None:
         self.settle()
         weights = [value for value in self._module.state_dict().values() if value.is_floating_point()]
-        spoilt = also or not all(torch.isfinite(norm) for norm in torch._foreach_norm(weights))
+        spoilt = also or not torch.stack(torch._foreach_norm(weights)).isfinite().all()
         if not self._trainer.strategy.reduce_boolean_decision(spoilt, all=False):
             return
         rate = self._trainer.optimizers[0].param_groups[0]["lr"]

@@ -18,11 +18,13 @@ from fat_train.task.step import StepKey
 from fat_train.types import Batch, Labels, StepOutput
 
 KINDS = ("images", "loss", "gradient")
+FACTORS = {"loss": float("inf"), "high": 50.0}
 PREPARE, TRAIN_STEP = Classification.prepare, Classification.train_step
 
 
 def break_updates(kind: str, updates: Collection[int], rank: int = 0) -> None:
-    """Spoil the images (and with them all statistics), the loss, or the gradient alone, of these updates on a rank."""
+    """Spoil the images (and with them all statistics), the loss, or the gradient alone, of these updates on a rank;
+    or make the loss high."""
 
     def prepare(self: Classification, batch: Batch, key: StepKey) -> tuple[Float[Tensor, "B C H W"], Labels]:
         images, labels = PREPARE(self, batch, key)
@@ -33,8 +35,8 @@ def break_updates(kind: str, updates: Collection[int], rank: int = 0) -> None:
         out = TRAIN_STEP(self, batch, key)
         if key.update not in updates or key.rank != rank or kind == "images":
             return out
-        if kind == "loss":
-            return StepOutput(out.loss * float("inf"), out.logits, out.targets)
+        if kind in FACTORS:
+            return StepOutput(out.loss * FACTORS[kind], out.logits, out.targets)
         nothing = torch.sqrt(0 * out.logits.sum())  # 0, with a gradient that is not a number
         return StepOutput(out.loss + nothing, out.logits, out.targets)
 
