@@ -23,6 +23,7 @@ COMMANDS = {
     "check": "look before a long run: data set, machine, configuration, hours it will take",
     "check augment": "the augmentation against timm's: picture by picture, draw by draw",
     "pack": "the data set as tar shards of smaller pictures, read and decoded faster",
+    "replay": "an update at which a run stopped, computed again: where the first number is not finite",
     "report": "curves and a table of a run",
     "benchmark loader": "images per second of our loaders beside timm's, torchvision's and DALI's own",
     "benchmark checkpoint": "how long a training stands still for a checkpoint, and what saving costs it",

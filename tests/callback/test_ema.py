@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
+from torch import nn
 
 from fat_train.__main__ import main
+from fat_train.callback.ema import update_unless
 from fat_train.checkpoint.weights import read_state_dict
 from fat_train.metric.record import read_rows
 
@@ -72,3 +75,20 @@ def test_evaluating_both_gives_the_last_epochs_numbers(run: Path, capsys: pytest
     assert f"raw            top-1 {float(last['val/top1']):.3f}" in printed
     assert f"ema            top-1 {float(last['val/top1_ema']):.3f}" in printed
     assert "16 images" in printed
+
+
+def test_an_update_that_only_the_device_knows_to_be_left_out_leaves_the_average_to_the_bit() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    plain, masked = ModelEmaV3(model, decay=0.9), ModelEmaV3(model, decay=0.9)
+    for update in range(6):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model(torch.randn(4, 3, 8, 8))
+        skipped = update % 3 == 1
+        if not skipped:
+            plain.update(model)
+        update_unless(torch.tensor(float(skipped)), masked, model)
+        for name, value in plain.module.state_dict().items():
+            if value.is_floating_point():  # counts are copied; a guard has put the model's own back by then
+                assert torch.equal(masked.module.state_dict()[name], value), (update, name)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,20 @@ def test_micro_batches_make_one_update() -> None:
     meter.add(torch.tensor(2.0), ends_update=True)
     assert meter.updates == 1
     assert meter.mean_loss(CPU) == 3.0
+
+
+def test_a_loss_that_is_not_finite_is_left_out_of_the_mean_also_after_a_restart() -> None:
+    meter, again = EpochMeter(), EpochMeter()
+    for share in (1.0, 2.0, float("nan"), float("inf"), 3.0, 2.0):
+        meter.add(torch.tensor(share), ends_update=meter._batches % 2 == 1)
+    assert meter.updates == 3
+    assert meter.mean_loss(CPU) == (3.0 + 5.0) / 2
+    again.load_state_dict(json.loads(json.dumps(meter.state_dict())))
+    for each in (meter, again):
+        add_updates(each, [6.0])
+    assert again.mean_loss(CPU) == meter.mean_loss(CPU)
+    add_updates(fresh := EpochMeter(), [float("nan")])
+    assert math.isnan(fresh.mean_loss(CPU))
 
 
 def test_validation_counts_for_the_epoch_and_not_for_the_training() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fat_train.optim.adamw import AdamWConfig
+from fat_train.optim.adamw import AdamWConfig, clip_gradient, leave_out_where, left_out
 from fat_train.types import UserError
 
 
@@ -53,3 +53,70 @@ def test_an_update_is_that_of_the_formula() -> None:
 def test_impossible_settings_are_refused_by_name(settings: dict, named: str) -> None:
     with pytest.raises(UserError, match=named):
         AdamWConfig(**settings)
+
+
+def stepped(bad: float | None, gradient: float = 1.0, max_norm: float = 5.0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A small model after three updates, and a fourth of which `bad` was said."""
+    torch.manual_seed(0)
+    model = nn.Linear(30, 10)
+    optimizer = AdamWConfig(base_lr=0.1).build(model, lr=0.1)
+    for factor in (3.0, 2.0, 1.0, gradient):
+        optimizer.zero_grad()
+        (factor * model(torch.randn(8, 30)).square().sum()).backward()
+        if factor is gradient and bad is not None:
+            leave_out_where(optimizer, torch.tensor(bad))
+        if factor is not gradient or bad is not None:
+            clip_gradient(optimizer, max_norm)
+            optimizer.step()
+    return model, optimizer
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    return [*(p.detach() for p in model.parameters()), *moments]
+
+
+def test_a_step_that_is_left_out_changes_neither_weights_nor_moments_nor_the_count_of_steps() -> None:
+    nothing = float("nan")
+    assert all(map(torch.equal, state_of(*stepped(1.0, nothing)), state_of(*stepped(None, nothing))))
+    assert not all(map(torch.equal, state_of(*stepped(0.0, 0.5)), state_of(*stepped(None, 0.5))))
+
+
+def test_a_first_step_that_is_left_out_counts_for_nothing() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = AdamWConfig().build(model, lr=0.1)
+    assert left_out(optimizer) is None
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.ones(1, 2)).sum().backward()
+    leave_out_where(optimizer, torch.tensor(1.0))
+    optimizer.step()
+    assert all(map(torch.equal, model.parameters(), before))
+    assert {float(value.abs().max()) for state in optimizer.state.values() for value in state.values()} == {0.0}
+    leave_out_where(optimizer, torch.tensor(0.0))
+    optimizer.step()
+    assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 0.5, 1e6])
+def test_clipping_is_torchs_own_to_the_bit(max_norm: float) -> None:
+    models = [nn.Sequential(nn.Linear(30, 20), nn.LayerNorm(20), nn.Linear(20, 10)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    images = torch.randn(8, 30)
+    for model in models:
+        model(images).square().sum().backward()
+    optimizers = [AdamWConfig().build(model, lr=0.1) for model in models]
+    norms = clip_gradient(optimizers[0], max_norm)
+    whole = nn.utils.clip_grad_norm_([p for group in optimizers[1].param_groups for p in group["params"]], max_norm)
+    assert torch.equal(torch.linalg.vector_norm(norms), whole)
+    ours, theirs = ([p.grad for p in model.parameters()] for model in models)
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_a_gradient_that_is_not_finite_is_not_spread_by_clipping() -> None:
+    """What is finite in it still tells where the fault is."""
+    model = nn.Linear(2, 2)
+    model.weight.grad = torch.tensor([[1.0, 2.0], [3.0, float("nan")]])
+    model.bias.grad = torch.tensor([3.0, 4.0])
+    norms = clip_gradient(AdamWConfig().build(model, lr=0.1), 1.0)
+    assert model.bias.grad.tolist() == [3.0, 4.0]
+    assert sorted(norms.tolist(), key=str) == [5.0, pytest.approx(float("nan"), nan_ok=True)]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning import Callback
+from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
 from fat_train.augment.policy import AugmentConfig
+from fat_train.callback.finite import NonFiniteError, SkipNonFinite
 from fat_train.loss.cross_entropy import CrossEntropyConfig
 from fat_train.optim.adamw import AdamWConfig
 from fat_train.schedule.cosine import CosineConfig
@@ -34,7 +38,15 @@ def micro_batches(size: int) -> list[Batch]:
     return [Batch(*parts) for parts in zip(*(part.split(size) for part in whole), strict=True)]
 
 
-def weights_after(size: int, clip_grad_norm: float, folder: Path) -> torch.Tensor:
+def weights_after(
+    size: int,
+    clip_grad_norm: float,
+    folder: Path,
+    *,
+    callbacks: Sequence[Callback] = (),
+    precision: MixedPrecision | None = None,
+    std: float = 0.5,
+) -> torch.Tensor:
     """Train a model without BatchNorm on `UPDATES` global batches, cut into micro-batches of `size`."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
@@ -42,7 +54,7 @@ def weights_after(size: int, clip_grad_norm: float, folder: Path) -> torch.Tenso
     config = TrainerConfig(accelerator="cpu", global_batch=GLOBAL_BATCH, max_batch_per_device=GLOBAL_BATCH)
     plan = plan_run(config, optim, SCHEDULE, train_images=UPDATES * GLOBAL_BATCH)
     plan = replace(plan, accumulate=GLOBAL_BATCH // size, batch_per_device=size)
-    task = Classification(model, CrossEntropyConfig().build(), PLAIN, (0.5,) * 3, (0.5,) * 3)
+    task = Classification(model, CrossEntropyConfig().build(), PLAIN, (0.5,) * 3, (std,) * 3)
     module = TrainingModule(task, optim, SCHEDULE, plan, seed=0, provenance={})
     trainer = build_trainer(
         config,
@@ -50,10 +62,12 @@ def weights_after(size: int, clip_grad_norm: float, folder: Path) -> torch.Tenso
         epochs=1,
         accumulate=plan.accumulate,
         clip_grad_norm=clip_grad_norm,
-        callbacks=[],
+        callbacks=list(callbacks),
         loggers=[],
         max_val_batches=0,
     )
+    if precision is not None:
+        trainer.strategy.precision_plugin = precision
     loader = DataLoader(micro_batches(size), batch_size=None)  # type: ignore[arg-type]
     trainer.fit(module, loader, loader)
     assert trainer.global_step == UPDATES
@@ -73,3 +87,34 @@ def test_clipping_is_applied(tmp_path: Path) -> None:
     start = weights_after(GLOBAL_BATCH, 1e-12, tmp_path)
     free = weights_after(GLOBAL_BATCH, 0.0, tmp_path)
     assert not torch.allclose(start, free, atol=1e-2)
+
+
+class HalfOnCpu(MixedPrecision):
+    """float16 with loss scaling, which the command line leaves to GPUs: the scaler's part is the same here."""
+
+    def __init__(self, init_scale: float) -> None:
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=init_scale))
+
+
+def test_gradients_that_loss_scaling_drives_to_infinity_are_no_fault(tmp_path: Path) -> None:
+    """With a scale of 2**40 each gradient overflows: the scaler leaves the updates out, the guard that would stop at
+    the first says nothing."""
+    guard = SkipNonFinite(0, tmp_path, tmp_path / "last.ckpt")
+    scaled = weights_after(GLOBAL_BATCH, 5.0, tmp_path, callbacks=[guard], precision=HalfOnCpu(2.0**40))
+    assert guard.in_all == 0
+    torch.manual_seed(0)
+    assert torch.equal(scaled, nn.Sequential(nn.Flatten(), nn.Linear(48, 5))[1].weight)
+
+
+def test_a_scale_that_fits_trains(tmp_path: Path) -> None:
+    guard = SkipNonFinite(0, tmp_path, tmp_path / "last.ckpt")
+    scaled = weights_after(GLOBAL_BATCH, 5.0, tmp_path, callbacks=[guard], precision=HalfOnCpu(2.0**10))
+    torch.testing.assert_close(scaled, weights_after(GLOBAL_BATCH, 5.0, tmp_path), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("precision", [None, HalfOnCpu(2.0**10)], ids=["float32", "float16 with loss scaling"])
+def test_a_loss_that_is_not_finite_is_a_fault_in_any_precision(tmp_path: Path, precision: HalfOnCpu | None) -> None:
+    guard = SkipNonFinite(0, tmp_path, tmp_path / "last.ckpt")
+    with pytest.raises(NonFiniteError, match="the loss became nan at update 1 "):
+        weights_after(GLOBAL_BATCH, 5.0, tmp_path, callbacks=[guard], precision=precision, std=float("nan"))
+    assert list(tmp_path.glob("nonfinite_update_1_rank0.pt"))

@@ -8,7 +8,7 @@ from pytorch_lightning import Callback
 
 from fat_train.callback.checkpoint import CheckpointConfig
 from fat_train.callback.ema import EMA, EMAConfig
-from fat_train.callback.finite import StopOnNonFinite
+from fat_train.callback.guard import GuardConfig
 from fat_train.callback.metrics_csv import MetricsCsv
 from fat_train.callback.preemption import LeaveRequest, PreemptionConfig
 from fat_train.callback.progress import ProgressConfig
@@ -27,6 +27,8 @@ class CallbackConfig:
     """When to save, and which checkpoints are kept."""
     preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
     """When to leave before the end."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What is done about faults inside a run."""
 
     def build(
         self,
@@ -50,7 +52,7 @@ class CallbackConfig:
             log_every_n_steps: updates between two rows of metrics.csv.
             val_every_n_epochs: epochs between two validations.
         """
-        callbacks: list[Callback] = [StopOnNonFinite(folder.last)]
+        callbacks = self.guard.build(folder=folder.root, last_checkpoint=folder.last)
         if self.ema.decay:
             callbacks.append(EMA(self.ema.decay))
         callbacks.append(

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 from torchmetrics import Metric
 
+from fat_train.optim.adamw import left_out
 from fat_train.types import Batch, UserError
 
 
@@ -56,11 +58,17 @@ class EMA(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Average once an update, not once a micro-batch."""
+        """Average once an update, not once a micro-batch; an update that was left out changes nothing."""
         assert self.average is not None
-        if trainer.global_step != self._seen_update:
-            self._seen_update = trainer.global_step
-            self.average.update(pl_module.model)
+        if trainer.global_step == self._seen_update:
+            return
+        self._seen_update = trainer.global_step
+        model, skipped = pl_module.model, left_out(trainer.optimizers[0])
+        assert isinstance(model, nn.Module)
+        if skipped is not None and skipped.device.type != "cpu":
+            update_unless(skipped, self.average, model)
+        elif skipped is None or not skipped:
+            self.average.update(model)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take rank 0's BatchNorm statistics on every rank, as DDP does with the raw model's: on CPUs they differ."""
@@ -111,3 +119,16 @@ class EMA(Callback):
             if name.startswith("model.")
         }
         self.average.module.load_state_dict(checkpoint.get("ema", {}).get("state_dict", raw))
+
+
+@torch.no_grad()
+def update_unless(skipped: Tensor, average: ModelEmaV3, model: nn.Module) -> None:
+    """Update `average` where the scalar `skipped` is 0 and leave it where it is 1, while the host need not know which.
+
+    One of the two terms of each sum is 0, so that the result is the chosen one to the bit.
+    """
+    values = [value for value in average.module.state_dict().values() if value.is_floating_point()]
+    kept = torch._foreach_mul(values, skipped)
+    average.update(model)
+    torch._foreach_mul_(values, 1 - skipped)
+    torch._foreach_add_(values, kept)

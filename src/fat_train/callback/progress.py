@@ -281,3 +281,11 @@ class Progress(ProgressBar):
 def format_rate(per_s: float) -> str:
     """A rate for people: one decimal below ten, thousands separated."""
     return f"{per_s:.1f}" if per_s < 10 else f"{per_s:,.0f}"
+
+
+def tell(trainer: Trainer, text: str) -> None:
+    """A line from rank 0 that stays, above the live display where there is one."""
+    if isinstance(trainer.progress_bar_callback, Progress):
+        trainer.progress_bar_callback.print(text, markup=False)
+    elif trainer.is_global_zero:
+        print(text, flush=True)

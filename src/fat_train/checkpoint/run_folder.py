@@ -109,7 +109,8 @@ class RunFolder:
             self.root / name for name in ("metrics.csv", "config.yaml", "curves.png", "report.md", "wandb_id.txt")
         )
         events = (self.root / "tensorboard").glob("events.out.tfevents.*")
-        return [*self.checkpoints.glob("*.ckpt"), *events, *(file for file in beside if file.exists())]
+        faults = (file for pattern in ("nonfinite_update_*.pt", "hang_rank*.txt") for file in self.root.glob(pattern))
+        return [*self.checkpoints.glob("*.ckpt"), *events, *faults, *(file for file in beside if file.exists())]
 
     def clear(self) -> None:
         """Delete a former run's files; what this project did not write stays."""

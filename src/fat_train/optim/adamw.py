@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+from jaxtyping import Float
 from timm.optim import param_groups_weight_decay
-from torch import nn
-from torch.optim import AdamW
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
+from torch.optim import AdamW, Optimizer
 
 from fat_train.types import UserError
 
@@ -57,3 +60,36 @@ class AdamWConfig:
         # the offer back: the scaler undoes its scaling first, as with any other optimiser, and clipping is allowed.
         optimizer._step_supports_amp_scaling = False
         return optimizer
+
+
+def clip_gradient(optimizer: Optimizer, max_norm: float) -> Float[Tensor, " P"]:
+    """Scale the whole gradient to a Euclidean norm of at most `max_norm` (0: any); one that is not finite stays.
+
+    The host waits for nothing. Returns the norm of each parameter's gradient before that, in the order of
+    `parameters_with_gradient`; the norm of these norms is the whole gradient's.
+    """
+    parameters = parameters_with_gradient(optimizer)
+    norms = torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
+    if max_norm:
+        whole = torch.linalg.vector_norm(norms)
+        clip_grads_with_norm_(parameters, max_norm, torch.where(whole.isfinite(), whole, 0.0))
+    return norms
+
+
+def parameters_with_gradient(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Those that the next step changes."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def leave_out_where(optimizer: Optimizer, bad: Float[Tensor, ""]) -> None:
+    """Let each `step` change nothing where `bad` is 1: neither weights nor moments nor the count of steps.
+
+    A fused AdamW reads `bad` on its own device when it steps, so the host need not know what it holds. The attribute is
+    the one by which torch's GradScaler tells its fused optimisers of a gradient that is not finite.
+    """
+    optimizer.found_inf = bad  # type: ignore[attr-defined]
+
+
+def left_out(optimizer: Optimizer) -> Float[Tensor, ""] | None:
+    """1 on the device where the newest step changed nothing, else 0; None where nobody has asked for that."""
+    return getattr(optimizer, "found_inf", None)

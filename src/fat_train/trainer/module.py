@@ -8,9 +8,10 @@ import torch
 from pytorch_lightning import LightningModule
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor
+from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
-from fat_train.optim.adamw import AdamWConfig
+from fat_train.optim.adamw import AdamWConfig, clip_gradient, left_out
 from fat_train.schedule.cosine import CosineConfig
 from fat_train.task.step import StepKey, Task
 from fat_train.trainer.plan import RunPlan
@@ -75,6 +76,7 @@ class TrainingModule(ValidationModule):
         self.plan = plan
         self.seed = seed
         self.provenance = provenance
+        self.gradient_norms: Tensor | None = None  # of each parameter, of the newest update, before clipping
         self._optimizer_settings: list[dict[str, Any]] = []
         self._resumed_at: Position | None = None
 
@@ -130,6 +132,20 @@ class TrainingModule(ValidationModule):
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         self.log("train/loss", out.loss.detach())
         return out.loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, once an update. Where a guard has asked to leave bad updates out, one with a gradient that is not
+        finite is one; but for float16's loss scaling, which finds its scale by such gradients and leaves them out."""
+        del gradient_clip_algorithm
+        self.gradient_norms = clip_gradient(optimizer, gradient_clip_val or 0.0)
+        bad = left_out(optimizer)
+        if bad is not None and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            bad.masked_fill_(~torch.linalg.vector_norm(self.gradient_norms).isfinite(), 1.0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put beside the weights what tells where they came from, and where in the run they stand."""
