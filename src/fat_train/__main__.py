@@ -26,7 +26,7 @@ COMMANDS = {
     "report": "curves and a table of a run",
     "benchmark loader": "images per second of our loaders beside timm's, torchvision's and DALI's own",
 }
-OPTIONS = ("--help", "--cfg", "--config-dir")
+OPTIONS = ("--help", "--cfg", "--config-dir", "-m", "--multirun", "--cell")
 TRACEBACK = "FAT_TRAIN_TRACEBACK"
 
 HELP = """usage: python -m fat_train [command] [group=choice] [key=value] ...
@@ -39,12 +39,15 @@ groups and their choices (group=choice; any value below them as group.key=value)
 
   --cfg              print the composed configuration and stop
   --config-dir DIR   a folder of your own yamls, laid out as conf/ is
+  -m, --multirun     train once per value of words such as seed=0,1 or model=glob(fat_b*), one run after another
+  --cell N           with -m: train only run N of them, counted from 0, in this process (for job arrays)
   {traceback}=1  show the stack trace of an error
 """
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 after an error that the user can mend, 75 after leaving early."""
+    """Run one command; returns the exit status: 0, 2 after an error that the user can mend, 75 after leaving early,
+    1 after a sweep of which some runs failed."""
     words = list(sys.argv[1:] if words is None else words)
     try:
         return _run(words)
@@ -60,6 +63,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    multirun = _take_multirun(words)
+    cell = _take_option(words, "--cell", "a number")
     command = _take_command(words)
     if "--help" in words or "-h" in words:
         print(_help(group_choices([conf_dir()])))
@@ -67,10 +72,13 @@ def _run(words: list[str]) -> int:
     show = "--cfg" in words
     if show:
         words.remove("--cfg")
-    extra_dir = _take_config_dir(words)
+    given = _take_option(words, "--config-dir", "a folder")
+    extra_dir = None if given is None else Path(given)
     for word in words:
         if word.startswith("-"):
             raise UserError(f"unknown option {word}{nearest(word, OPTIONS)} (allowed: {', '.join(OPTIONS)})")
+    if multirun or cell is not None:
+        return _sweep(command, words, extra_dir, multirun, cell, show)
     module = command.replace(" ", "_")
     tree = compose(module, words, extra_dir=extra_dir)
     if show:
@@ -94,15 +102,38 @@ def _take_command(words: list[str]) -> str:
     return command
 
 
-def _take_config_dir(words: list[str]) -> Path | None:
-    if "--config-dir" not in words:
+def _take_option(words: list[str], option: str, what: str) -> str | None:
+    if option not in words:
         return None
-    at = words.index("--config-dir")
+    at = words.index(option)
     if at + 1 == len(words):
-        raise UserError("--config-dir wants a folder after it")
-    folder = words[at + 1]
+        raise UserError(f"{option} wants {what} after it")
+    value = words[at + 1]
     del words[at : at + 2]
-    return Path(folder)
+    return value
+
+
+def _take_multirun(words: list[str]) -> bool:
+    taken = [word for word in words if word in ("-m", "--multirun")]
+    for word in taken:
+        words.remove(word)
+    return bool(taken)
+
+
+def _sweep(command: str, words: list[str], extra_dir: Path | None, multirun: bool, cell: str | None, show: bool) -> int:
+    if not multirun:
+        raise UserError("--cell takes one run of a sweep: give -m and words with several values too")
+    if command != "train":
+        raise UserError(f"-m trains one run per value; {command} has no use for it")
+    if cell is not None and not cell.isdecimal():
+        raise UserError(f"--cell wants the number of a run, 0 or more; got {cell}")
+    sweep = import_module("fat_train.command.sweep")
+    only = None if cell is None else int(cell)
+    if show:
+        print(sweep.show(words, extra_dir, only), end="")
+        return 0
+    status: int = sweep.run(words, extra_dir, only)
+    return status
 
 
 def _help(choices: dict[str, list[str]]) -> str:

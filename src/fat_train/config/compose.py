@@ -32,11 +32,8 @@ def compose(config_name: str, overrides: Sequence[str], extra_dir: Path | None =
     Raises:
         UserError: a word that Hydra cannot read, or a choice that a group does not have.
     """
-    folders = [conf_dir()] + ([extra_dir] if extra_dir else [])
-    if extra_dir is not None and not extra_dir.is_dir():
-        raise UserError(f"--config-dir {extra_dir} is not a folder")
-    choices = group_choices(folders)
-    words = [_as_hydra_wants(override, choices) for override in _parse(overrides)]
+    choices = group_choices(conf_folders(extra_dir))
+    words = [_as_hydra_wants(override, choices) for override in parse_words(overrides)]
     if extra_dir is not None:
         words.append(f"hydra.searchpath=[file://{extra_dir.resolve()}]")
     try:
@@ -44,6 +41,19 @@ def compose(config_name: str, overrides: Sequence[str], extra_dir: Path | None =
             return hydra.compose(config_name=config_name, overrides=words)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_first_lines(error)) from error
+
+
+def conf_folders(extra_dir: Path | None) -> list[Path]:
+    """`conf/`, and the user's own folder beside it where one is given.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if extra_dir is None:
+        return [conf_dir()]
+    if not extra_dir.is_dir():
+        raise UserError(f"--config-dir {extra_dir} is not a folder")
+    return [conf_dir(), extra_dir]
 
 
 def group_choices(folders: Iterable[Path]) -> dict[str, list[str]]:
@@ -55,7 +65,16 @@ def group_choices(folders: Iterable[Path]) -> dict[str, list[str]]:
     return {group: sorted(names) for group, names in sorted(found.items())}
 
 
-def _parse(words: Sequence[str]) -> list[Override]:
+def parse_words(words: Sequence[str], sweep: bool = False) -> list[Override]:
+    """What each word says, by Hydra's grammar.
+
+    Args:
+        words: `group=choice`, `key=value`, `~key`.
+        sweep: whether a word may have several values; else a path with a comma in it is one value.
+
+    Raises:
+        UserError: a word that Hydra cannot read.
+    """
     parser = OverridesParser.create()
     parsed = []
     for word in words:
@@ -64,7 +83,7 @@ def _parse(words: Sequence[str]) -> list[Override]:
         quoted = key + "='" + value.replace("'", "\\'") + "'"
         try:
             (override,) = parser.parse_overrides([word])
-            if override.is_sweep_override() and "/" in value:
+            if override.is_sweep_override() and "/" in value and not sweep:
                 (override,) = parser.parse_overrides([quoted])
         except HydraException as error:
             try:
@@ -82,7 +101,7 @@ def _as_hydra_wants(override: Override, choices: dict[str, list[str]]) -> str:
     if override.is_sweep_override():
         raise UserError(
             f"{line}: several values make several runs, and one command trains one. "
-            f"Quote a list as {key}=[a,b]; for a sweep, start one command a value"
+            f"Quote a list as {key}=[a,b]; -m runs one training per value"
         )
     if key not in choices or override.is_delete():
         return line if line[0] in "+~" or key.startswith("hydra") else f"++{line}"

@@ -62,7 +62,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
 
 def run_table(metrics: Metrics) -> str:
     """Who ran, how long, how fast: a row a fact."""
-    config = _read_config(metrics.run_dir)
+    config = read_config(metrics.run_dir)
     rows = [(label, str(value)) for label, key in SETTINGS if (value := OmegaConf.select(config, key)) is not None]
     rows += [
         ("updates", f"{metrics.columns['step'].max():,.0f}"),
@@ -70,7 +70,7 @@ def run_table(metrics: Metrics) -> str:
         ("training speed", f"{_speed(metrics):,.0f} images/s"),
         ("wall time", format_duration(_wall_s(metrics)) if metrics.is_epoch.any() else NOTHING),
     ]
-    return _markdown(("", metrics.run_dir.resolve().name), rows)
+    return markdown(("", metrics.run_dir.resolve().name), rows)
 
 
 def epoch_table(metrics: Metrics) -> str:
@@ -90,22 +90,24 @@ def epoch_table(metrics: Metrics) -> str:
         values = metrics.epochs(name)
         if np.isfinite(values).any():
             rows.append((name, *(_cell(values[at], form) for at in picked.values())))
-    return _markdown(("", *picked), rows)
+    return markdown(("", *picked), rows)
 
 
-def _read_config(run_dir: Path) -> Any:
+def read_config(run_dir: Path) -> Any:
+    """The configuration of the run's newest start; empty where there is none."""
     path = run_dir / CONFIG_FILE
     return OmegaConf.load(path) if path.is_file() else OmegaConf.create()
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is left-aligned, the others right."""
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def _best_epoch(metrics: Metrics, name: str) -> int | None:
     values = metrics.epochs(name)
     return int(np.nanargmax(values)) if np.isfinite(values).any() else None
-
-
-def _top(metrics: Metrics, name: str) -> float:
-    at = _best_epoch(metrics, name)
-    return np.nan if at is None else float(metrics.epochs(name)[at])
 
 
 def _speed(metrics: Metrics) -> float:
@@ -119,8 +121,3 @@ def _wall_s(metrics: Metrics) -> float:
 
 def _cell(value: float, form: str) -> str:
     return format(value, form) if np.isfinite(value) else NOTHING
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
