@@ -23,6 +23,7 @@ COMMANDS = {
     "check": "look before a long run: data set, machine, configuration, hours it will take",
     "check augment": "the augmentation against timm's: picture by picture, draw by draw",
     "pack": "the data set as tar shards of smaller pictures, read and decoded faster",
+    "submit": "the run as a SLURM job, a sweep as an array of them",
     "report": "curves and a table of a run",
     "benchmark loader": "images per second of our loaders beside timm's, torchvision's and DALI's own",
 }
@@ -77,6 +78,9 @@ def _run(words: list[str]) -> int:
     for word in words:
         if word.startswith("-"):
             raise UserError(f"unknown option {word}{nearest(word, OPTIONS)} (allowed: {', '.join(OPTIONS)})")
+    if command == "submit" and cell is None and not show:  # it wants the words themselves: they are what the job runs
+        import_module("fat_train.command.submit").run(words, extra_dir, multirun)
+        return 0
     if multirun or cell is not None:
         return _sweep(command, words, extra_dir, multirun, cell, show)
     module = command.replace(" ", "_")
