@@ -63,7 +63,7 @@ def test_the_script_trains_on_two_nodes(slurm: Slurm, site: dict[str, str], tiny
     job = slurm.submit("--nodes=2", *ON_CPU, output, str(SCRIPTS / "train.sbatch"), *words, environ=environ)
     log = finished(slurm, job, tmp_path / "log")
     assert "4 images x 2 devices" in log
-    assert log.count("epoch 1/1") == 1
+    assert log.count("epoch 1/1 · train/loss") == 1
     assert epochs_begun(tmp_path / "two")
 
 

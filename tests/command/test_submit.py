@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fat_train.__main__ import main
+from fat_train.cluster.script import SlurmConfig
 from fat_train.config.sweep import sweep_cells
 
 Capture = pytest.CaptureFixture[str]
@@ -98,6 +99,7 @@ def test_a_clusters_own_values_come_from_a_yaml_of_the_user(tiny: list[str], tmp
         (["slurm.partion=x"], "unknown key slurm.partion; did you mean partition"),
         (["slurm=mine"], "slurm=mine: no such choice"),
         (["slurm.time=3h"], "slurm.time must be minutes, HH:MM:SS or D-HH:MM:SS; got 3h"),
+        (["slurm.time=2"], "slurm.time=2 is no longer than callback.preemption.margin_s=120"),
         (["slurm.cpus_per_task=0"], "slurm.cpus_per_task must be at least 1; got 0"),
         (["slurm.signal_s=-1"], "slurm.signal_s must not be negative; got -1"),
         (["slurm.signal_s=70000"], "slurm.signal_s must be at most 65535"),
@@ -133,3 +135,11 @@ def test_a_machine_without_sbatch_is_told_of_dry_run(
     error = capsys.readouterr().err
     assert "sbatch is not installed here" in error
     assert "dry_run=true" in error
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("90:30", 5430), ("1:00:30", 3630), ("2-0", 172800), ("1-2:30", 95400), ("1-2:30:05", 95405)],
+)
+def test_a_time_limit_means_what_slurm_means_by_it(time: str, seconds: int) -> None:
+    assert SlurmConfig(time=time).seconds == seconds

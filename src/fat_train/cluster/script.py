@@ -12,7 +12,7 @@ from pathlib import Path
 from fat_train.types import UserError
 
 SBATCH_TIMEOUT_S = 60
-TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
+TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 OWN = {
     "partition": "slurm.partition", "account": "slurm.account", "qos": "slurm.qos", "constraint": "slurm.constraint",
     "time": "slurm.time", "mem": "slurm.mem", "cpus-per-task": "slurm.cpus_per_task", "signal": "slurm.signal_s",
@@ -68,6 +68,16 @@ class SlurmConfig:
         for name in ("partition", "account", "qos", "constraint", "mem"):
             if "\n" in (getattr(self, name) or ""):
                 raise UserError(f"slurm.{name} must be one line; got {getattr(self, name)!r}")
+
+    @property
+    def seconds(self) -> int | None:
+        """The time limit. Its first number is minutes, but hours after days or where there are three."""
+        found = None if self.time is None else TIME.fullmatch(self.time)
+        if found is None:
+            return None
+        days, *rest = (None if group is None else int(group) for group in found.groups())
+        hours, minutes, seconds = rest if days is not None or rest[2] is not None else [0, *rest[:2]]
+        return ((24 * (days or 0) + (hours or 0)) * 60 + (minutes or 0)) * 60 + (seconds or 0)
 
     @property
     def options(self) -> list[str]:

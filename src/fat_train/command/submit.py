@@ -86,6 +86,12 @@ def _look(
         configs.append(config)
     assert asked is not None
     assert settings is not None
+    margin = configs[0].callback.preemption.margin_s
+    if asked.seconds is not None and asked.seconds <= margin:
+        raise UserError(
+            f"slurm.time={asked.time} is no longer than callback.preemption.margin_s={margin:g} seconds before its end "
+            "at which the run leaves: it would be requeued again and again"
+        )
     if len({_shape(config) for config in configs}) > 1:
         raise UserError(
             "the tasks of an array have the same nodes and devices: submit a sweep for each value of "
