@@ -147,8 +147,8 @@ def test_an_array_whose_tasks_are_broken_off_in_every_way_ends_as_the_unbroken_s
     runs = [tmp_path / "jobs" / "drop_path" / f"drop_path_rate={rate}" for rate in RATES.split(",")]
     breaks: dict[int, Callable[[], object]] = {
         0: lambda: slurm.ask("scontrol", "requeue", f"{job}_0"),
-        1: lambda: reach_time_limit(slurm, f"{job}_1"),
         2: lambda: slurm.ask("scancel", "--signal=TERM", f"{job}_2"),
+        1: lambda: reach_time_limit(slurm, f"{job}_1"),  # the last: it waits
     }
     for task, break_off in breaks.items():
         slurm.until(lambda task=task: "yes" if epochs_begun(runs[task]) > 5 else "", what=f"task {task} to train")
