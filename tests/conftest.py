@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from jaxtyping import install_import_hook
 
+from real_slurm import slurm  # noqa: F401 - a fixture
+
 # Every shape in a signature of the mathematics is checked while the tests run, but not in processes that a test starts:
 # those are a user's. torch.compile cannot trace the checks: the tests of it run with JAXTYPING_DISABLE=1, apart.
 MATHEMATICS = ["model", "loss", "augment.device", "augment.mix", "metric.topk"]

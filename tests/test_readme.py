@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fat_train.config.compose import compose
+
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
@@ -62,9 +64,18 @@ def test_every_file_that_the_readme_links_to_is_there() -> None:
         assert (REPOSITORY / link).exists(), link
 
 
-def test_the_slurm_script_wants_to_know_where_the_data_is() -> None:
-    script = REPOSITORY / "slurm" / "train.sbatch"
-    environment = {name: value for name, value in os.environ.items() if name != "FAT_TRAIN_DATA"}
+@pytest.mark.parametrize("name", ["train", "sweep_drop_path"])
+def test_the_slurm_scripts_are_for_sbatch(name: str) -> None:
+    script = REPOSITORY / "slurm" / f"{name}.sbatch"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "set FAT_TRAIN_DATA to the folder that holds train/ and val/" in done.stderr
+    assert f"submit this file: sbatch slurm/{name}.sbatch" in done.stderr
+
+
+def test_the_environment_may_say_where_the_data_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FAT_TRAIN_DATA", str(tmp_path))
+    for choice in ("imagenet", "imagenet_packed"):
+        assert compose("train", [f"data={choice}"]).data.root == str(tmp_path)
+    assert compose("train", ["data.root=elsewhere"]).data.root == "elsewhere"
+    assert "root" not in compose("train", ["data=digits"]).data

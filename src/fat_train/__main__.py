@@ -24,7 +24,8 @@ COMMANDS = {
     "check augment": "the augmentation against timm's: picture by picture, draw by draw",
     "pack": "the data set as tar shards of smaller pictures, read and decoded faster",
     "replay": "an update at which a run stopped, computed again: where the first number is not finite",
-    "report": "curves and a table of a run",
+    "submit": "the run as a SLURM job, a sweep as an array of them",
+    "report": "curves and a table of a run, or of a sweep",
     "benchmark loader": "images per second of our loaders beside timm's, torchvision's and DALI's own",
     "benchmark checkpoint": "how long a training stands still for a checkpoint, and what saving costs it",
 }
@@ -79,6 +80,9 @@ def _run(words: list[str]) -> int:
     for word in words:
         if word.startswith("-"):
             raise UserError(f"unknown option {word}{nearest(word, OPTIONS)} (allowed: {', '.join(OPTIONS)})")
+    if command == "submit" and cell is None and not show:  # it wants the words themselves: they are what the job runs
+        import_module("fat_train.command.submit").run(words, extra_dir, multirun)
+        return 0
     if multirun or cell is not None:
         return _sweep(command, words, extra_dir, multirun, cell, show)
     module = command.replace(" ", "_")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from broken_run import break_updates, mend
 
+from broken_run import break_updates, mend
 from fat_train.__main__ import main
 from fat_train.callback.spike import SpikeWatch
 from fat_train.checkpoint.weights import read_checkpoint

@@ -16,6 +16,7 @@ CHOICES = [
     for group, choices in group_choices([conf_dir()]).items()
     for choice in choices
     if (group, choice) != ("data", "as_trained")  # the placeholder of `evaluate`
+    and group != "slurm"  # of `submit`, which hands the rest of its words on to a run
 ]
 
 

@@ -30,7 +30,7 @@ class SlurmJob:
 
     def state(self) -> str:
         """Slurm's word: RUNNING, COMPLETING (being ended, by whomever), CANCELLED, TIMEOUT …; "" if not known."""
-        return self._shown().get("JobState", "")
+        return _show(self.id).get("JobState", "")
 
     def requeue(self) -> str:
         """Put the job back into the queue, unless its user has cancelled it or Slurm requeues it already.
@@ -40,21 +40,25 @@ class SlurmJob:
         Returns:
             "" on success, else why not, in words.
         """
-        shown = self._shown()
+        shown = _show(self.id)
         if not shown:
             return f"Slurm does not answer for job {self.id}"
         if shown["BatchFlag"] != "1":
             return f"job {self.id} is interactive: it has no script to start again"
         if int(shown["Restarts"]) > self.restarts:
             return f"job {self.id} is in the queue again already"
-        if shown["JobState"] not in RUNNING and shown["Reason"] != "TimeLimit":
-            # A cancelled job shows COMPLETING and no reason while its processes are given the time to leave.
-            return f"job {self.id} is {shown['JobState']}, not RUNNING: it was cancelled"
+        if shown["JobState"] not in RUNNING and not _ended_by_slurm(shown):
+            return f"job {self.id} was cancelled"
         done = _ask("scontrol", "requeue", self.id)
         return "" if done.ok else f"scontrol requeue {self.id}: {done.said}"
 
-    def _shown(self) -> dict[str, str]:
-        return _fields(_ask("scontrol", "show", "job", self.id).said)
+
+def _ended_by_slurm(shown: Mapping[str, str]) -> bool:
+    """Whether a job that is being ended is so by its time limit or by a preemption that does not requeue it.
+
+    While its processes are given the time to leave, its state is COMPLETING in these cases as in that of `scancel`.
+    """
+    return shown["Reason"] == "TimeLimit" or shown.get("PreemptTime", "None") not in ("None", "Unknown")
 
 
 def this_job(environ: Mapping[str, str] = os.environ) -> SlurmJob | None:
@@ -95,27 +99,29 @@ def _ask(*command: str) -> _Answer:
     return _Answer(done.returncode == 0, (done.stdout if done.returncode == 0 else done.stderr).strip())
 
 
-# Whole lines of `scontrol show job`, so that no job's name or comment can be taken for them.
+# Whole lines of `scontrol show job`, so that no job's name or comment is taken for them. The last is not always there.
 _LINES = (
     r"^ *(JobState)=(\S+) (Reason)=(\S+)",
     r"^ *(Requeue)=(\d+) (Restarts)=(\d+) (BatchFlag)=(\d+)",
     r"^ *RunTime=\S+ (TimeLimit)=(\S+)",
     r"^ *StartTime=\S+ (EndTime)=(\S+)",
+    r"^ *PreemptEligibleTime=\S+ (PreemptTime)=(\S+)",
 )
 
 
-def _fields(shown: str) -> dict[str, str]:
-    """What `scontrol show job` says, of what is read here; nothing unless all of it is there."""
-    found = [re.search(line, shown, flags=re.MULTILINE) for line in _LINES]
-    if not all(found):
+def _show(job: str) -> dict[str, str]:
+    """What `scontrol show job` says, of what is read here; nothing where Slurm does not know the job."""
+    said = _ask("scontrol", "show", "job", job).said
+    found = [re.search(line, said, flags=re.MULTILINE) for line in _LINES]
+    if not all(found[:-1]):
         return {}
     words = [word for match in found if match for word in match.groups()]
     return dict(zip(words[::2], words[1::2], strict=True))
 
 
 def _end_time(job: str) -> float | None:
-    shown = _fields(_ask("scontrol", "show", "job", job).said)
-    if shown.get("TimeLimit") in (None, "UNLIMITED"):
+    shown = _show(job)
+    if shown.get("TimeLimit", "UNLIMITED") == "UNLIMITED":
         return None
     try:
         return datetime.fromisoformat(shown["EndTime"]).timestamp()  # local time, as Slurm writes it

@@ -198,7 +198,8 @@ def checked_root(root: str | Path | None) -> Path:
     """
     if root is None or str(root) in ("", "???"):
         raise UserError(
-            f"{KEY} is not set: give the folder that holds {_wanted()}, as {KEY}=<folder>; data=digits needs no folder"
+            f"{KEY} is not set: give the folder that holds {_wanted()}, as {KEY}=<folder> or by "
+            "the environment's FAT_TRAIN_DATA; data=digits needs no folder"
         )
     folder = Path(root).expanduser()
     if not folder.exists():
