@@ -98,7 +98,9 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path, digits_cache: Pa
         started.send_signal(signal.SIGINT)
         said, _ = started.communicate(timeout=100)
     assert started.returncode == 130
-    assert f"the same command goes on from {tmp_path / 'digits_demo' / 'checkpoints' / 'last.ckpt'}" in said
+    assert "Ctrl-C: saving at the end of this update; once more ends at once" in said
+    assert "leaving        Ctrl-C: at update" in said
+    assert f"saved as {tmp_path / 'digits_demo' / 'checkpoints' / 'last.ckpt'}; the same command goes on" in said
     assert "Traceback" not in said
 
 

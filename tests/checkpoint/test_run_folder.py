@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from fat_train.checkpoint.run_folder import RunFolder
 from fat_train.types import UserError
@@ -14,7 +15,7 @@ from fat_train.types import UserError
 def used(tmp_path: Path) -> RunFolder:
     folder = RunFolder(tmp_path / "run")
     folder.checkpoints.mkdir(parents=True)
-    folder.last.touch()
+    torch.save({"epoch": 1}, folder.last)
     folder.metrics.touch()
     folder.write_config({"optim": {"base_lr": 1.0, "eps": 1e-8}, "seed": 0})
     return folder
@@ -27,19 +28,50 @@ def test_a_new_run_starts_afresh(tmp_path: Path) -> None:
 
 
 def test_an_existing_run_is_gone_on_with(used: RunFolder) -> None:
-    assert used.starting_point("auto", overwrite=False) == used.last
+    assert used.starting_point("auto", overwrite=False) == (used.last, ())
 
 
-def test_a_run_whose_last_checkpoint_is_gone_is_not_deleted_by_resuming(used: RunFolder) -> None:
+def test_a_run_whose_last_checkpoint_is_gone_goes_on_from_the_newest_that_is_there(used: RunFolder) -> None:
     used.last.rename(used.checkpoints / "best-001-50.00.ckpt")
-    with pytest.raises(UserError, match=r"last\.ckpt is not there, but best-001-50\.00\.ckpt is"):
-        used.starting_point("auto", overwrite=False)
+    start = used.starting_point("auto", overwrite=False)
+    assert start == (used.checkpoints / "best-001-50.00.ckpt", (f"{used.last} is gone",))
     assert used.starting_point("never", overwrite=True) is None
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "cut short":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:
+        at = content.index(bytes(range(200)))  # in the middle of the tensor
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+
+
+@pytest.mark.parametrize("how", ["cut short", "empty", "one bit flipped"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(used: RunFolder, how: str) -> None:
+    torch.save({"weights": torch.arange(200, dtype=torch.uint8)}, used.last)
+    used.last.replace(used.previous)
+    torch.save({"weights": torch.arange(200, dtype=torch.uint8)}, used.last)
+    damage(used.last, how)
+    start = used.starting_point("auto", overwrite=False)
+    assert start is not None
+    assert start.path == used.previous
+    assert start.notes[0].startswith(f"{used.last} is damaged: ")
+    assert ("checksum" in start.notes[0]) == (how == "one bit flipped")
+
+
+def test_a_run_of_which_every_checkpoint_is_damaged_is_not_started_afresh(used: RunFolder) -> None:
+    used.last.write_bytes(b"half")
+    used.previous.write_bytes(b"half")
+    with pytest.raises(UserError, match=r"(?s)last\.ckpt is damaged.*previous\.ckpt is damaged.*overwrite=true"):
+        used.starting_point("auto", overwrite=False)
 
 
 def test_halves_of_files_whose_writer_was_killed_are_swept_away(used: RunFolder) -> None:
     (used.checkpoints / ".last.ckpt.77.part").touch()
-    used.sweep()
+    used.prepare()
     assert [file.name for file in used.checkpoints.iterdir()] == ["last.ckpt"]
 
 

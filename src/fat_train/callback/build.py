@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pytorch_lightning import Callback
 
@@ -11,7 +10,9 @@ from fat_train.callback.checkpoint import CheckpointConfig
 from fat_train.callback.ema import EMA, EMAConfig
 from fat_train.callback.finite import StopOnNonFinite
 from fat_train.callback.metrics_csv import MetricsCsv
+from fat_train.callback.preemption import LeaveRequest, PreemptionConfig
 from fat_train.callback.progress import ProgressConfig
+from fat_train.checkpoint.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +24,15 @@ class CallbackConfig:
     ema: EMAConfig = field(default_factory=EMAConfig)
     """Moving average of the weights."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Which checkpoints are kept."""
+    """When to save, and which checkpoints are kept."""
+    preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
+    """When to leave before the end."""
 
     def build(
         self,
         *,
-        checkpoints: Path,
-        metrics: Path,
+        folder: RunFolder,
+        request: LeaveRequest,
         images_per_update: int,
         steps_per_epoch: int,
         epochs: int,
@@ -39,19 +42,28 @@ class CallbackConfig:
         """All callbacks of a training run.
 
         Args:
-            checkpoints: folder of the run's checkpoints.
-            metrics: the run's metrics.csv.
+            folder: the run's.
+            request: signals and time limits that end it early.
             images_per_update: the global batch.
             steps_per_epoch: updates an epoch.
             epochs: of the whole run.
             log_every_n_steps: updates between two rows of metrics.csv.
             val_every_n_epochs: epochs between two validations.
         """
-        callbacks: list[Callback] = [StopOnNonFinite(checkpoints / "last.ckpt")]
+        callbacks: list[Callback] = [StopOnNonFinite(folder.last)]
         if self.ema.decay:
             callbacks.append(EMA(self.ema.decay))
-        callbacks.append(MetricsCsv(metrics, images_per_update=images_per_update, log_every_n_steps=log_every_n_steps))
+        callbacks.append(
+            MetricsCsv(folder.metrics, images_per_update=images_per_update, log_every_n_steps=log_every_n_steps)
+        )
         bar = self.progress.build(images_per_update=images_per_update, steps_per_epoch=steps_per_epoch, epochs=epochs)
         if bar is not None:
             callbacks.append(bar)
-        return [*callbacks, *self.checkpoint.build(checkpoints, val_every_n_epochs)]
+        saver = self.checkpoint.build(
+            folder,
+            steps_per_epoch=steps_per_epoch,
+            epochs=epochs,
+            val_every_n_epochs=val_every_n_epochs,
+            request=request,
+        )
+        return [*callbacks, saver]

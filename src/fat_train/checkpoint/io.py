@@ -1,29 +1,38 @@
-"""Writing a checkpoint so that a killed process or a full disk never costs the one before."""
+"""Files that are whole or not there: a killed process or a full disk never costs the one before."""
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
-from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from fat_train.types import UserError
 
+ROOM_BESIDE_TENSORS = 2**20
+"""Bytes that a checkpoint may need beside its tensors."""
+
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write into that takes the place of `path` when the block ends well, and leaves it alone otherwise."""
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, whose file takes the place of `path` when the block ends well, and is deleted otherwise.
+
+    The file's bytes are on the disk before it bears the name, and the name is before this returns.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with beside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield beside
+        _sync(beside)
         beside.replace(path)
+        _sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -36,40 +45,75 @@ def write_atomically(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(text.encode(errors="surrogateescape"))  # names of files may be any bytes
+        with replacing(path) as beside:
+            beside.write_bytes(text.encode(errors="surrogateescape"))  # names of files may be any bytes
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write beside, flush to the disk, then rename: at every moment the name holds a whole file, old or new."""
+def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write what `torch.load(weights_only=True)` reads; not atomic: use it under `replacing`.
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Replace `path` by a file that holds `checkpoint`.
+    Raises:
+        OSError: the disk is full, or refuses the write.
+    """
+    needed = ROOM_BESIDE_TENSORS + sum(tensor.nbytes for tensor in tensors_of(checkpoint))
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        wants = f"{os.strerror(errno.ENOSPC)} ({needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free)"
+        raise OSError(errno.ENOSPC, wants, str(path))
+    try:
+        torch.save(checkpoint, path)
+    except RuntimeError as error:  # torch's writer does not say why; the system does when it is asked for the room
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, needed)
+        raise OSError(errno.EIO, str(error).splitlines()[0], str(path)) from error
 
-        Raises:
-            UserError: the disk is full or refuses the write; the previous file is as it was.
-        """
-        assert storage_options is None, "storage options are for remote file systems"
-        path = Path(path)
+
+def find_damage(path: Path) -> str:
+    """What is wrong with a checkpoint file, or nothing. Reads it whole: torch's files are zip archives, which keep a
+    CRC-32 of everything that is in them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, zlib.error, ValueError, NotImplementedError):
+        return "it is cut short, or no checkpoint"
+    except OSError as error:
+        return error.strerror or str(error)
+    return f"the checksum of its part {bad} does not hold" if bad else ""
+
+
+def link_or_copy(source: Path, name: Path) -> None:
+    """Give a file a second name, atomically; where the file system knows no links, a copy."""
+    beside = name.with_name(f".{name.name}.{os.getpid()}.part")
+    beside.unlink(missing_ok=True)
+    try:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:  # torch's zip writer hides ENOSPC in a RuntimeError
-            kept = f"; the previous {path.name} is untouched" if path.exists() else ""
-            raise UserError(
-                f"could not save the checkpoint {path}: {_reason(error)}{kept}. "
-                "Free some space, or give folder=<folder> on another disk; the same command then resumes."
-            ) from error
+            os.link(source, beside)
+        except OSError:
+            shutil.copyfile(source, beside)
+            _sync(beside)
+        beside.replace(name)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
-def _reason(error: BaseException) -> str:
-    """The operating system's word on a failed write, dug out of whatever wraps it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def tensors_of(tree: Any) -> Iterator[Tensor]:
+    """All tensors in nested dictionaries, lists and tuples."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for branch in tree.values():
+            yield from tensors_of(branch)
+    elif isinstance(tree, list | tuple):
+        for branch in tree:
+            yield from tensors_of(branch)
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from fat_train.checkpoint.io import write_atomically
+from fat_train.checkpoint.io import find_damage, write_atomically
 from fat_train.types import UserError
+
+
+class StartingPoint(NamedTuple):
+    """Where a run goes on."""
+
+    path: Path
+    notes: tuple[str, ...]
+    """What was wrong with newer ones."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,11 @@ class RunFolder:
         return self.checkpoints / "last.ckpt"
 
     @property
+    def previous(self) -> Path:
+        """The one before it."""
+        return self.checkpoints / "previous.ckpt"
+
+    @property
     def metrics(self) -> Path:
         """One row an epoch and every so many updates."""
         return self.root / "metrics.csv"
@@ -39,29 +53,42 @@ class RunFolder:
         """The resolved configuration of the newest start."""
         return self.root / "config.yaml"
 
-    def starting_point(self, resume: str, overwrite: bool) -> Path | None:
-        """The checkpoint to go on from, or None for a fresh start.
+    def starting_point(self, resume: str, overwrite: bool) -> StartingPoint | None:
+        """The newest checkpoint that is whole, or None for a fresh start.
 
         Raises:
-            UserError: resume=never over an existing run without overwrite=true; or a run whose last.ckpt is gone while
-                others are there, which a fresh start would delete.
+            UserError: resume=never over an existing run without overwrite=true; or every checkpoint is damaged.
         """
-        if resume == "auto" and self.last.is_file():
-            return self.last
-        others = sorted(file.name for file in self.checkpoints.glob("*.ckpt"))
-        if resume == "auto" and others and not overwrite:
-            raise UserError(
-                f"{self.last} is not there, but {', '.join(others)} {'is' if len(others) == 1 else 'are'}. "
-                "Copy one of them to last.ckpt to go on from it; or give resume=never overwrite=true to start again, "
-                "or another name=<name>"
-            )
-        if resume == "never" and self.files() and not overwrite:
-            raise UserError(
-                f"resume=never would overwrite the run in {self.root} "
-                f"({len(list(self.checkpoints.glob('*.ckpt')))} checkpoints). "
-                "Add overwrite=true to delete it, or give another name=<name>"
-            )
-        return None
+        if resume == "never":
+            if self.files() and not overwrite:
+                raise UserError(
+                    f"resume=never would overwrite the run in {self.root} "
+                    f"({len(list(self.checkpoints.glob('*.ckpt')))} checkpoints). "
+                    "Add overwrite=true to delete it, or give another name=<name>"
+                )
+            return None
+        notes = []
+        candidates = self._newest_first()
+        if candidates and self.last not in candidates:
+            notes.append(f"{self.last} is gone")
+        for path in candidates:
+            damage = find_damage(path)
+            if not damage:
+                return StartingPoint(path, tuple(notes))
+            notes.append(f"{path} is damaged: {damage}")
+        if not candidates:
+            return None
+        raise UserError(
+            "no checkpoint of this run can be read:\n" + "\n".join(f"  {note}" for note in notes) + "\n"
+            "Put a whole one in the place of last.ckpt; or give resume=never overwrite=true to start again, "
+            "or another name=<name>"
+        )
+
+    def _newest_first(self) -> list[Path]:
+        """All checkpoints: last, the one before it, then the others by age."""
+        first = [path for path in (self.last, self.previous) if path.is_file()]
+        others = {path: path.stat().st_mtime for path in self.checkpoints.glob("*.ckpt") if path not in first}
+        return first + sorted(others, key=lambda path: -others[path])
 
     def files(self) -> list[Path]:
         """What a former run left here that a fresh start would mix with its own."""
@@ -76,8 +103,20 @@ class RunFolder:
         for file in self.files():
             file.unlink()
 
-    def sweep(self) -> None:
-        """Delete halves of files whose writer was killed."""
+    def prepare(self) -> None:
+        """Make the folder if it is not there, and delete halves of files whose writer was killed.
+
+        Raises:
+            UserError: nothing can be written there.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            probe = self.checkpoints / f".probe.{os.getpid()}.part"
+            probe.touch()
+        except OSError as error:
+            raise UserError(
+                f"the run's folder {self.root} cannot be written to: {error.strerror}. Give folder=<folder> elsewhere"
+            ) from error
         for folder in (self.root, self.checkpoints):
             for half in folder.glob(".*.part"):
                 half.unlink(missing_ok=True)

@@ -8,17 +8,20 @@ from typing import Any
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 
+from fat_train.callback.preemption import LeaveRequest
 from fat_train.checkpoint.provenance import provenance
-from fat_train.checkpoint.run_folder import RunFolder
+from fat_train.checkpoint.run_folder import RunFolder, StartingPoint
 from fat_train.checkpoint.weights import read_checkpoint
+from fat_train.cluster.slurm import this_job
 from fat_train.command.assemble import build_training, device_of, open_run, plan_of
 from fat_train.command.say import is_rank_zero, say, this_python
 from fat_train.config.run import RunConfig, plain
 from fat_train.data.datamodule import DataSource, SyntheticDataConfig, choose_backend
-from fat_train.report.table import write_report
+from fat_train.report.table import REPORT_FILE, write_report
 from fat_train.trainer.build import build_trainer
 from fat_train.trainer.plan import RunPlan
-from fat_train.types import UserError
+from fat_train.trainer.position import Position
+from fat_train.types import UnfinishedRunError, UserError
 
 
 def run(tree: DictConfig) -> None:
@@ -26,6 +29,7 @@ def run(tree: DictConfig) -> None:
 
     Raises:
         UserError: something in the configuration, the data or the machine that the user can mend.
+        UnfinishedRunError: the run saved and left before its end.
     """
     values = plain(tree)
     config, source = open_run(values)
@@ -33,48 +37,59 @@ def run(tree: DictConfig) -> None:
     folder = RunFolder(config.root)
     # Other ranks may look when rank 0 has begun to write: what is there is then this run's own.
     start = folder.starting_point(config.run.resume, config.run.overwrite or not is_rank_zero())
-    if start is not None:
-        updates = _finished_updates(start, config, source, plan, values)
-        if updates >= plan.total_steps:
-            say(_finished(config, start, updates // plan.steps_per_epoch))
-            return
+    updates, epoch_ended = Position(0, True) if start is None else _position(start.path, config, source, plan, values)
+    if start is not None and updates >= plan.total_steps and epoch_ended:
+        say(_finished(config, folder, start.path, updates // plan.steps_per_epoch))
+        return
     if is_rank_zero():
-        folder.sweep()
+        folder.prepare()
         if start is None:
             folder.clear()
-        _announce(config, source, plan, folder, start, values)
+        _announce(config, source, plan, folder, start, updates, values)
         folder.write_config(values)
 
     pl.seed_everything(config.run.seed, verbose=False)
     module, loaders = build_training(config, source, plan, _provenance(values, config, source, plan))
-    trainer = build_trainer(
-        config.trainer,
-        folder=folder.root,
-        epochs=plan.epochs,
-        accumulate=plan.accumulate,
-        clip_grad_norm=config.optim.clip_grad_norm,
-        callbacks=config.callback.build(
-            checkpoints=folder.checkpoints,
-            metrics=folder.metrics,
-            images_per_update=plan.global_batch,
-            steps_per_epoch=plan.steps_per_epoch,
+    with LeaveRequest(config.callback.preemption, speaks=is_rank_zero()) as request:
+        trainer = build_trainer(
+            config.trainer,
+            folder=folder.root,
             epochs=plan.epochs,
-            log_every_n_steps=config.trainer.log_every_n_steps,
-            val_every_n_epochs=config.trainer.val_every_n_epochs,
-        ),
-        loggers=config.logger.build(folder.root, config.name, values) if is_rank_zero() else [],
-        max_batches=plan.steps_per_epoch * plan.accumulate,
-        max_val_batches=config.debug.max_val_batches or None,
-        profile=config.debug.profile,
-    )
-    try:
-        trainer.fit(module, datamodule=loaders, ckpt_path=start, weights_only=True)
-    except SystemExit as stop:  # Lightning's answer to Ctrl-C
-        kept = f"goes on from {folder.last}" if folder.last.exists() else "starts again: no epoch was finished yet"
-        say(f"interrupted    the same command {kept}")
-        raise KeyboardInterrupt from stop
+            accumulate=plan.accumulate,
+            clip_grad_norm=config.optim.clip_grad_norm,
+            callbacks=config.callback.build(
+                folder=folder,
+                request=request,
+                images_per_update=plan.global_batch,
+                steps_per_epoch=plan.steps_per_epoch,
+                epochs=plan.epochs,
+                log_every_n_steps=config.trainer.log_every_n_steps,
+                val_every_n_epochs=config.trainer.val_every_n_epochs,
+            ),
+            loggers=config.logger.build(folder.root, config.name, values) if is_rank_zero() else [],
+            max_batches=plan.steps_per_epoch * plan.accumulate,
+            max_val_batches=config.debug.max_val_batches or None,
+            profile=config.debug.profile,
+        )
+        try:
+            trainer.fit(module, datamodule=loaders, ckpt_path=start and start.path, weights_only=True)
+        except SystemExit as stop:  # Lightning's answer to Ctrl-C before the first update, or to a second one
+            kept = f"goes on from {folder.last}" if folder.last.exists() else "starts again: nothing was saved yet"
+            say(f"interrupted    the same command {kept}")
+            raise KeyboardInterrupt from stop
+        except UnfinishedRunError:
+            if is_rank_zero() and request.wants_requeue:
+                _requeue()
+            raise
     if is_rank_zero():
         say(_farewell(folder, *write_report(folder.root)))
+
+
+def _requeue() -> None:
+    job = this_job()
+    if job is not None:
+        why_not = job.requeue()
+        say(f"job {job.id:<11}{f'is not requeued: {why_not}' if why_not else 'is in the queue again'}")
 
 
 def _changed_architecture(saved: dict[str, Any], asked: dict[str, Any]) -> str:
@@ -85,16 +100,9 @@ def _changed_architecture(saved: dict[str, Any], asked: dict[str, Any]) -> str:
     )
 
 
-def _finished_updates(start: Path, config: RunConfig, source: DataSource, plan: RunPlan, values: dict[str, Any]) -> int:
-    """Updates that a checkpoint has behind it, once it is known to be of this run."""
-    try:
-        saved = read_checkpoint(start)
-    except UserError as error:
-        raise UserError(
-            f"{error}\nMove it away, and copy the best-*.ckpt beside it to last.ckpt to go on from that one; "
-            "resume=never overwrite=true starts again"
-        ) from error
-    about = saved.get("fat_train", {})
+def _position(start: Path, config: RunConfig, source: DataSource, plan: RunPlan, values: dict[str, Any]) -> Position:
+    """Where in the run a checkpoint stands, once it is known to be of this run."""
+    about = read_checkpoint(start).get("fat_train", {})
     ways_out = "Give another name=<name> for a new run, or resume=never overwrite=true to replace the old one"
     if about.get("model") != config.model.name:
         raise UserError(
@@ -114,7 +122,19 @@ def _finished_updates(start: Path, config: RunConfig, source: DataSource, plan: 
             f"{plan.steps_per_epoch} ({plan.train_images} images, trainer.global_batch={plan.global_batch}). {ways_out}"
         )
     _compare_lists(start, about.get("data", {}), source, ways_out)
-    return int(saved["global_step"])
+    if about["world_size"] != plan.world_size:
+        say(_changed_world(about["world_size"], about["accumulate"], plan))
+    return Position(*about["position"])
+
+
+def _changed_world(processes: int, accumulate: int, plan: RunPlan) -> str:
+    pad = "\n" + " " * 15
+    return (
+        f"warning        {processes} process{'es' * (processes > 1)} x {accumulate} accumulated before, now "
+        f"{plan.world_size} x {plan.accumulate}: global batch, schedule and the images of each update, with their"
+        f"{pad}augmentation, go on as they were. The weights will not be equal to the bit: sums are taken in another"
+        f"{pad}order, BatchNorm sees other batches, mixing and drop path are drawn for each process"
+    )
 
 
 def _compare_lists(start: Path, saved: dict[str, str], source: DataSource, ways_out: str) -> None:
@@ -146,7 +166,13 @@ def _fingerprints(source: DataSource) -> dict[str, str]:
 
 
 def _announce(
-    config: RunConfig, source: DataSource, plan: RunPlan, folder: RunFolder, start: Path | None, values: dict[str, Any]
+    config: RunConfig,
+    source: DataSource,
+    plan: RunPlan,
+    folder: RunFolder,
+    start: StartingPoint | None,
+    at: int,
+    values: dict[str, Any],
 ) -> None:
     """Say what is about to happen, each derived number with its formula."""
     say(f"run            {config.name} in {folder.root}")
@@ -161,12 +187,16 @@ def _announce(
         say(f"BatchNorm      statistics are {synced}")
     if start is None:
         return
-    say(f"resuming       from {start}")
+    for note in start.notes:
+        say(f"warning        {note}")
+    say(f"resuming       from {start.path}, at update {at}")
     for line in folder.config_diff(values):
         say(f"  changed      {line}")
 
 
-def _finished(config: RunConfig, start: Path, epochs: int) -> str:
+def _finished(config: RunConfig, folder: RunFolder, start: Path, epochs: int) -> str:
+    if is_rank_zero() and not (folder.root / REPORT_FILE).exists():
+        write_report(folder.root)  # the end came between the last checkpoint and the report
     return (
         f"{config.name} is finished: {start} has {epochs} epochs behind it, "
         f"schedule.epochs={config.schedule.epochs} asks for no more.\n"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fat_train.augment.device import erase, to_input
 from fat_train.data.loader import Loader
-from fat_train.data.threads import torch_threads
+from fat_train.threads import torch_threads
 from fat_train.types import Batch
 
 NOISE_TAG = 0x4E4F4953  # keeps the noise's random stream apart from any other that is seeded by (seed, epoch, step)

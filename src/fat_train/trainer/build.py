@@ -6,15 +6,17 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytorch_lightning
 import torch
+from packaging.version import Version
 from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
+from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.profilers import PyTorchProfiler
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
-from fat_train.checkpoint.io import AtomicCheckpointIO
+from fat_train.checkpoint.writer import BackgroundCheckpointIO
 from fat_train.trainer.quiet import silence
 from fat_train.types import UserError, one_of
 
@@ -120,7 +122,7 @@ def build_trainer(
         profile: write a trace of a few steps for chrome://tracing.
     """
     silence()
-    return Trainer(
+    trainer = Trainer(
         accelerator=config.kind,
         devices=config.devices,
         num_nodes=config.num_nodes,
@@ -140,14 +142,24 @@ def build_trainer(
         deterministic=config.deterministic or None,
         benchmark=config.kind == "gpu" and not config.deterministic,
         enable_model_summary=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         default_root_dir=folder,
         callbacks=callbacks,
         logger=loggers,
-        plugins=[AtomicCheckpointIO(), *_cluster()],
+        plugins=[BackgroundCheckpointIO(), *_cluster()],
         profiler=PyTorchProfiler(dirpath=folder, filename="profile") if profile else None,
     )
+    _ask_nobody_for_signals(trainer)
+    return trainer
+
+
+def _ask_nobody_for_signals(trainer: Trainer) -> None:
+    """Lightning from 2.5.2 on asks rank 0 before every batch whether it has received SIGTERM: a broadcast that the host
+    waits for, and so a stop of the GPU's queue. Here `callback.agreement` asks without waiting."""
+    loop, question = trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"
+    if Version(pytorch_lightning.__version__) >= Version("2.5.2") and hasattr(loop, question):
+        setattr(loop, question, lambda: None)
 
 
 def _cluster() -> list[SLURMEnvironment]:

@@ -14,6 +14,7 @@ from fat_train.optim.adamw import AdamWConfig
 from fat_train.schedule.cosine import CosineConfig
 from fat_train.task.step import StepKey, Task
 from fat_train.trainer.plan import RunPlan
+from fat_train.trainer.position import Position
 from fat_train.types import Batch
 
 
@@ -75,6 +76,7 @@ class TrainingModule(ValidationModule):
         self.seed = seed
         self.provenance = provenance
         self._optimizer_settings: list[dict[str, Any]] = []
+        self._resumed_at: Position | None = None
 
     def configure_optimizers(self) -> Any:
         """The optimiser at the scaled rate, and the schedule by update."""
@@ -98,8 +100,10 @@ class TrainingModule(ValidationModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take no schedule from a checkpoint: it follows from the configuration and the number of updates, so that a
-        run which is resumed with more epochs gets the longer curve."""
+        run which is resumed with more epochs gets the longer curve. Lightning's counters follow from the place."""
         checkpoint["lr_schedulers"] = []
+        self._resumed_at = Position(*checkpoint["fat_train"]["position"])
+        checkpoint["loops"]["fit_loop"] = self._resumed_at.loops(self.plan)
 
     def on_train_start(self) -> None:
         """Put the configuration's settings over those that came with the optimiser's state, and set the first rate."""
@@ -108,6 +112,8 @@ class TrainingModule(ValidationModule):
             group.update(settings)
         assert isinstance(scheduler, Scheduler)
         scheduler.step_update(num_updates=self.global_step)
+        if self._resumed_at is not None and self._resumed_at.epoch_ended:
+            self.trainer.fit_loop.restarting = False  # nothing of the next epoch has been begun
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed torch from the step's place in the run, so that no random state has to be saved to resume exactly."""
@@ -126,5 +132,6 @@ class TrainingModule(ValidationModule):
         return out.loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put beside the weights what tells where they came from."""
-        checkpoint["fat_train"] = self.provenance
+        """Put beside the weights what tells where they came from, and where in the run they stand."""
+        place = {"position": list(Position.of(self.trainer, self.plan)), "world_size": self.plan.world_size}
+        checkpoint["fat_train"] = self.provenance | place | {"accumulate": self.plan.accumulate}

@@ -20,7 +20,7 @@ from fat_train.augment.policy import INTERPOLATIONS, AugmentConfig, RandAugment
 from fat_train.data.dali.host_op import Picture, Room, carry_out
 from fat_train.data.dali.op import Column
 from fat_train.data.picture import PictureSpec, eval_geometry
-from fat_train.data.threads import torch_threads
+from fat_train.threads import torch_threads
 
 Pictures = list[UInt8[np.ndarray, "H W 3"]]
 Arrays = list[np.ndarray]

@@ -2,7 +2,7 @@ import threading
 
 import torch
 
-from fat_train.data.threads import torch_threads
+from fat_train.threads import torch_threads
 
 
 def test_torch_computes_by_itself_in_these_threads_and_as_before_in_all_others() -> None:

@@ -1,0 +1,1 @@
+"""The batch system that a run is a job of."""
