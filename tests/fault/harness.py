@@ -29,9 +29,8 @@ LIFE_AT_MOST_S = 400
 OTHERS_END_WITHIN_S = 20
 TIMES = ("images_per_s", "epoch_s")
 """Columns of metrics.csv that tell of the machine, not of the run."""
-TIMES_IN_CHECKPOINT = ("elapsed_s", "paused_s")
-PLACES_IN_CHECKPOINT = ("folder", "name", "dirpath")
-"""Keys under which a checkpoint names the folder it was written into."""
+NOT_OF_THE_RUN = ("elapsed_s", "paused_s", "config", "loops")
+"""Keys of checkpoints that hold times, the words of the newest start, or Lightning's counters, which nothing reads."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,8 @@ class Training:
 
     words: Sequence[str]
     folder: Path
+    drag_s: float = 0.0
+    """As in `Plan`."""
     lives: list[Life] = field(default_factory=list)
     seconds: float = math.nan
     """From start to end of the newest life."""
@@ -129,7 +130,7 @@ class Training:
     def live(self, moment: Moment | None = None) -> Life:
         """Start the command; kill it at the moment, or let it run to its end."""
         number = len(self.lives) + 1
-        plan = Plan(str(self.record), number)
+        plan = Plan(str(self.record), number, drag_s=self.drag_s)
         if isinstance(moment, At):
             plan = plan._replace(point=moment.point, call=moment.call, rank=moment.rank, whole_group=moment.whole_group)
         output = self.record / f"output-{number}"
@@ -193,11 +194,21 @@ class Training:
         return seen
 
     def updates(self) -> dict[int, list[str]]:
-        """Images of each update over all ranks, sorted, so that they compare between numbers of processes."""
-        images: dict[int, list[str]] = {}
-        for key, some in sorted(self.stream().items()):
-            images.setdefault(key.update, []).extend(some.split())
-        return {update: sorted(some) for update, some in images.items()}
+        """Images of each update that some life fed to the end, whatever the number of processes.
+
+        Raises:
+            AssertionError: two lives saw different images in the same update.
+        """
+        fed: dict[tuple[int, int], list[str]] = {}
+        for life, key, images in self._stream():
+            fed.setdefault((key.update, life), []).extend(images.split())
+        whole = max(len(images) for images in fed.values())
+        seen: dict[int, list[str]] = {}
+        for (update, life), images in sorted(fed.items()):
+            if len(images) == whole:
+                images.sort()
+                assert seen.setdefault(update, images) == images, f"life {life} saw other images: {update}"
+        return seen
 
     def _stream(self) -> Iterator[tuple[int, MicroBatch, str]]:
         for file in sorted(self.record.glob("stream-*")):
@@ -333,7 +344,7 @@ def differences_in(ours: Any, theirs: Any, where: str = "") -> Iterator[str]:
         ours, theirs = ({name_of(key): value for key, value in side.items()} for side in (ours, theirs))
         yield from (f"{where}.{key} is in one alone" for key in sorted(map(str, {*ours} ^ {*theirs})))
         for key in {*ours} & {*theirs}:
-            if key not in (*TIMES_IN_CHECKPOINT, *PLACES_IN_CHECKPOINT):
+            if key not in NOT_OF_THE_RUN:
                 yield from differences_in(ours[key], theirs[key], f"{where}.{key}")
         return
     elif isinstance(ours, list | tuple) and isinstance(theirs, list | tuple) and len(ours) == len(theirs):

@@ -35,11 +35,15 @@ class Plan(NamedTuple):
     """Process that counts and is killed."""
     whole_group: bool = True
     """Kill all processes of the run in one go, not this rank alone."""
+    drag_s: float = 0.0
+    """Seconds that each checkpoint waits in the background before it is copied, and again before it is written."""
 
 
 def main() -> int:
     plan = Plan(*json.loads(sys.argv[1]))
     record_images(plan)
+    if plan.drag_s:
+        drag(plan.drag_s)
     if plan.point and plan.rank == own_rank():
         POINTS[plan.point](Countdown(plan))
     from fat_train.__main__ import main as fat_train  # noqa: PLC0415  # as late as a user's command would
@@ -95,6 +99,16 @@ def record_images(plan: Plan) -> None:
     Classification.train_step = recorded
 
 
+def drag(seconds: float) -> None:
+    """Let the training run far ahead of what is still to be copied and written."""
+    import time  # noqa: PLC0415
+
+    from fat_train.checkpoint import writer  # noqa: PLC0415
+
+    before(writer._Copies, "begin", lambda: time.sleep(seconds))
+    before(writer, "write_checkpoint", lambda: time.sleep(seconds))
+
+
 def before(owner: Any, name: str, hit: Hit) -> None:
     original = getattr(owner, name)
 
@@ -134,11 +148,6 @@ def writing_config(hit: Hit) -> None:
     from fat_train.checkpoint.run_folder import RunFolder  # noqa: PLC0415
 
     before(RunFolder, "write_config", hit)
-
-
-def beginning_metrics(hit: Hit) -> None:
-    """The shortened file lies beside the old one."""
-    at_rename(hit, ending="metrics.csv")
 
 
 def loading(hit: Hit) -> None:
@@ -222,22 +231,17 @@ def half_a_row(hit: Hit) -> None:
 
 
 def half_a_checkpoint(hit: Hit) -> None:
-    """The first half of a checkpoint is in its temporary file."""
-    import io  # noqa: PLC0415
-
+    """The first half of a checkpoint is in its temporary file; the training goes on meanwhile."""
     import torch  # noqa: PLC0415
 
     save = torch.save
 
-    def wrapped(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
-        whole = io.BytesIO()
-        save(content, whole, *args, **kwargs)
-        place = file.tell()
-        file.write(whole.getvalue()[: whole.tell() // 2])
-        file.flush()
+    def wrapped(content: Any, path: Path, *args: Any, **kwargs: Any) -> None:
+        save(content, path, *args, **kwargs)
+        whole = path.read_bytes()
+        os.truncate(path, len(whole) // 2)
         hit()
-        file.seek(place)
-        file.write(whole.getvalue())
+        path.write_bytes(whole)
 
     torch.save = wrapped  # type: ignore[assignment]
 
@@ -246,35 +250,39 @@ def before_sync(hit: Hit) -> None:
     """A checkpoint's temporary file is whole, as far as this process is concerned."""
     sync = os.fsync
 
-    def wrapped(file: Any) -> None:
-        number = file if isinstance(file, int) else file.fileno()
-        if CHECKPOINT in Path(f"/proc/self/fd/{number}").readlink().name:
+    def wrapped(file: int) -> None:
+        if CHECKPOINT in Path(f"/proc/self/fd/{file}").readlink().name:
             hit()
         sync(file)
 
     os.fsync = wrapped
 
 
-def at_rename(hit: Hit, *, ending: str = CHECKPOINT, done: bool = False) -> None:
-    for name in ("replace", "rename"):
-        rename = getattr(os, name)
+def at_rename(hit: Hit, *, name: str, done: bool = False) -> None:
+    """Before, or after, something is renamed to `name`…"""
+    rename = os.replace
 
-        def wrapped(source: Any, target: Any, *args: Any, rename: Any = rename, **kwargs: Any) -> None:
-            ours = os.fspath(target).endswith(ending)
-            if ours and not done:
-                hit()
-            rename(source, target, *args, **kwargs)
-            if ours and done:
-                hit()
+    def wrapped(source: Any, target: Any, **kwargs: Any) -> None:
+        ours = Path(target).name.startswith(name)
+        if ours and not done:
+            hit()
+        rename(source, target, **kwargs)
+        if ours and done:
+            hit()
 
-        setattr(os, name, wrapped)
+    os.replace = wrapped
 
 
 def removing_best(hit: Hit) -> None:
     """The new best checkpoint is there, and the one that it beats, too."""
-    from fat_train.checkpoint.io import AtomicCheckpointIO  # noqa: PLC0415
+    unlink = os.unlink
 
-    before(AtomicCheckpointIO, "remove_checkpoint", hit)
+    def wrapped(path: Any, **kwargs: Any) -> None:
+        if Path(path).name.startswith("best-") and Path(path).exists():
+            hit()
+        unlink(path, **kwargs)
+
+    os.unlink = wrapped
 
 
 def reporting(hit: Hit) -> None:
@@ -294,7 +302,7 @@ POINTS: dict[str, Callable[[Any], None]] = {
     "writing config.yaml": writing_config,
     "reading the checkpoint": reading_checkpoint,
     "restored, before an update": restored,
-    "replacing metrics.csv": beginning_metrics,
+    "replacing metrics.csv": functools.partial(at_rename, name="metrics.csv"),
     "loading": loading,
     "forward": forward,
     "backward": backward,
@@ -305,8 +313,9 @@ POINTS: dict[str, Callable[[Any], None]] = {
     "half a row of metrics.csv": half_a_row,
     "half a checkpoint written": half_a_checkpoint,
     "checkpoint not yet synced": before_sync,
-    "before a rename": at_rename,
-    "after a rename": functools.partial(at_rename, done=True),
+    "best-*.ckpt named": functools.partial(at_rename, name="best-", done=True),
+    "previous.ckpt named": functools.partial(at_rename, name="previous", done=True),
+    "last.ckpt named": functools.partial(at_rename, name="last", done=True),
     "removing the former best": removing_best,
     "before the report": reporting,
     "half a report": half_a_report,
