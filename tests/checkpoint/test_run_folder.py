@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from fat_train.checkpoint import run_folder
 from fat_train.checkpoint.run_folder import RunFolder
 from fat_train.types import UserError
 
@@ -60,6 +62,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(used: R
     assert start.path == used.previous
     assert start.notes[0].startswith(f"{used.last} is damaged: ")
     assert ("checksum" in start.notes[0]) == (how == "one bit flipped")
+    used.begin_at(start)
+    assert used.starting_point("auto", overwrite=False) == (used.last, ())
 
 
 def test_a_run_of_which_every_checkpoint_is_damaged_is_not_started_afresh(used: RunFolder) -> None:
@@ -71,8 +75,23 @@ def test_a_run_of_which_every_checkpoint_is_damaged_is_not_started_afresh(used: 
 
 def test_halves_of_files_whose_writer_was_killed_are_swept_away(used: RunFolder) -> None:
     (used.checkpoints / ".last.ckpt.77.part").touch()
-    used.prepare()
-    assert [file.name for file in used.checkpoints.iterdir()] == ["last.ckpt"]
+    with used.held():
+        assert [file.name for file in used.checkpoints.iterdir()] == ["last.ckpt"]
+
+
+def test_two_processes_do_not_train_in_one_folder(used: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "HOLDER_LEAVES_WITHIN_S", 0.5)
+    told = rf"another process trains in {used.root}: process {os.getpid()} on .*\. End it first"
+    with used.held(), pytest.raises(UserError, match=told), used.held():
+        pass
+    with used.held():
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_message(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run cannot be written to: Not a directory\. Give folder="):
+        RunFolder(tmp_path / "file" / "run").held().__enter__()
 
 
 def test_starting_afresh_over_a_run_wants_to_be_told_twice(used: RunFolder) -> None:

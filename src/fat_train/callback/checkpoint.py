@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -255,8 +255,7 @@ class Checkpoints(Checkpoint):
         return [name] if _Kept(value, name) in self._best else []
 
     def _mend(self, trainer: Trainer) -> None:
-        for name in self._dropped:
-            (self._folder.checkpoints / name).unlink(missing_ok=True)
+        delete_dropped(self._folder, self.state_dict())
         self._dropped = []
         there = [kept for kept in self._best if (self._folder.checkpoints / kept.name).is_file()]
         for kept in self._best:
@@ -288,6 +287,17 @@ class Checkpoints(Checkpoint):
     def _next_time(self) -> float:
         minutes = self._config.every_n_minutes
         return self._clock() + minutes * 60 if minutes else float("inf")
+
+
+def delete_dropped(folder: RunFolder, state: Mapping[str, Any]) -> None:
+    """Delete the files of which a checkpoint says that they had just lost their place among the best.
+
+    Args:
+        folder: the run's.
+        state: what `Checkpoints.state_dict` gave.
+    """
+    for name in state["dropped"]:
+        (folder.checkpoints / name).unlink(missing_ok=True)
 
 
 def _is_turn(epoch: int, every: int) -> bool:

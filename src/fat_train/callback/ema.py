@@ -48,6 +48,9 @@ class EMA(Callback):
         assert self.average is not None
         self.average.to(pl_module.device)
         self._metric = self._task(pl_module).new_metric().to(pl_module.device)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where in the run this process begins is known now."""
         self._seen_update = trainer.global_step
 
     def on_train_batch_end(

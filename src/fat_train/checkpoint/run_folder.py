@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from fat_train.checkpoint.io import find_damage, write_atomically
+from fat_train.checkpoint.io import find_damage, link_or_copy, write_atomically
 from fat_train.types import UserError
+
+HOLDER_LEAVES_WITHIN_S = 20
+"""A requeued job can begin while the processes of the one before are still ending."""
 
 
 class StartingPoint(NamedTuple):
@@ -90,6 +98,11 @@ class RunFolder:
         others = {path: path.stat().st_mtime for path in self.checkpoints.glob("*.ckpt") if path not in first}
         return first + sorted(others, key=lambda path: -others[path])
 
+    def begin_at(self, start: StartingPoint) -> None:
+        """Let last.ckpt be what the run goes on from: a damaged one must not become the one before the next."""
+        if start.path != self.last:
+            link_or_copy(start.path, self.last)
+
     def files(self) -> list[Path]:
         """What a former run left here that a fresh start would mix with its own."""
         beside = (
@@ -103,20 +116,29 @@ class RunFolder:
         for file in self.files():
             file.unlink()
 
-    def prepare(self) -> None:
-        """Make the folder if it is not there, and delete halves of files whose writer was killed.
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder if it is not there, keep other processes out of it, and delete halves of files.
+
+        The system lets go of it with the process, however that ends. Where a file system knows no locks, nobody is kept
+        out.
 
         Raises:
-            UserError: nothing can be written there.
+            UserError: nothing can be written there, or another process trains there.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            probe = self.checkpoints / f".probe.{os.getpid()}.part"
-            probe.touch()
+            lock = (self.root / ".lock").open("a+")
         except OSError as error:
             raise UserError(
                 f"the run's folder {self.root} cannot be written to: {error.strerror}. Give folder=<folder> elsewhere"
             ) from error
+        with lock:
+            _lock(lock, self.root)
+            self._delete_halves()
+            yield
+
+    def _delete_halves(self) -> None:
         for folder in (self.root, self.checkpoints):
             for half in folder.glob(".*.part"):
                 half.unlink(missing_ok=True)
@@ -140,6 +162,27 @@ class RunFolder:
             for key in sorted({*old, *new})
             if old.get(key, gone) != new.get(key, gone)
         ]
+
+
+def _lock(file: IO[str], root: Path) -> None:
+    deadline = time.monotonic() + HOLDER_LEAVES_WITHIN_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.seek(0)
+                raise UserError(
+                    f"another process trains in {root}: {file.read().strip() or 'unknown'}. "
+                    "End it first, or give another name=<name>"
+                ) from None
+            time.sleep(0.2)
+        except OSError:
+            return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

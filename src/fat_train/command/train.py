@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 
+from fat_train.callback.checkpoint import delete_dropped
 from fat_train.callback.preemption import LeaveRequest
 from fat_train.checkpoint.provenance import provenance
 from fat_train.checkpoint.run_folder import RunFolder, StartingPoint
-from fat_train.checkpoint.weights import read_checkpoint
 from fat_train.cluster.slurm import this_job
 from fat_train.command.assemble import build_training, device_of, open_run, plan_of
+from fat_train.command.resume import Resumed, check_start, fingerprints
 from fat_train.command.say import is_rank_zero, say, this_python
 from fat_train.config.run import RunConfig, plain
 from fat_train.data.datamodule import DataSource, SyntheticDataConfig, choose_backend
 from fat_train.report.table import REPORT_FILE, write_report
 from fat_train.trainer.build import build_trainer
 from fat_train.trainer.plan import RunPlan
-from fat_train.trainer.position import Position
-from fat_train.types import UnfinishedRunError, UserError
+from fat_train.types import UnfinishedRunError
 
 
 def run(tree: DictConfig) -> None:
@@ -37,52 +38,67 @@ def run(tree: DictConfig) -> None:
     folder = RunFolder(config.root)
     # Other ranks may look when rank 0 has begun to write: what is there is then this run's own.
     start = folder.starting_point(config.run.resume, config.run.overwrite or not is_rank_zero())
-    updates, epoch_ended = Position(0, True) if start is None else _position(start.path, config, source, plan, values)
-    if start is not None and updates >= plan.total_steps and epoch_ended:
-        say(_finished(config, folder, start.path, updates // plan.steps_per_epoch))
+    resumed = None if start is None else check_start(start, config, source, plan, values)
+    if resumed is not None and resumed.position.epoch_ended and resumed.position.updates >= plan.total_steps:
+        say(_finished(config, folder, resumed, plan))
         return
-    if is_rank_zero():
-        folder.prepare()
-        if start is None:
-            folder.clear()
-        _announce(config, source, plan, folder, start, updates, values)
-        folder.write_config(values)
-
-    pl.seed_everything(config.run.seed, verbose=False)
-    module, loaders = build_training(config, source, plan, _provenance(values, config, source, plan))
-    with LeaveRequest(config.callback.preemption, speaks=is_rank_zero()) as request:
-        trainer = build_trainer(
-            config.trainer,
-            folder=folder.root,
-            epochs=plan.epochs,
-            accumulate=plan.accumulate,
-            clip_grad_norm=config.optim.clip_grad_norm,
-            callbacks=config.callback.build(
-                folder=folder,
-                request=request,
-                images_per_update=plan.global_batch,
-                steps_per_epoch=plan.steps_per_epoch,
-                epochs=plan.epochs,
-                log_every_n_steps=config.trainer.log_every_n_steps,
-                val_every_n_epochs=config.trainer.val_every_n_epochs,
-            ),
-            loggers=config.logger.build(folder.root, config.name, values) if is_rank_zero() else [],
-            max_batches=plan.steps_per_epoch * plan.accumulate,
-            max_val_batches=config.debug.max_val_batches or None,
-            profile=config.debug.profile,
-        )
-        try:
-            trainer.fit(module, datamodule=loaders, ckpt_path=start and start.path, weights_only=True)
-        except SystemExit as stop:  # Lightning's answer to Ctrl-C before the first update, or to a second one
-            kept = f"goes on from {folder.last}" if folder.last.exists() else "starts again: nothing was saved yet"
-            say(f"interrupted    the same command {kept}")
-            raise KeyboardInterrupt from stop
-        except UnfinishedRunError:
-            if is_rank_zero() and request.wants_requeue:
-                _requeue()
-            raise
+    with ExitStack() as stack:
+        if is_rank_zero():
+            stack.enter_context(folder.held())
+            if start is None:
+                folder.clear()
+            else:
+                folder.begin_at(start)
+            _announce(config, source, plan, folder, resumed, values)
+            folder.write_config(values)
+        request = stack.enter_context(LeaveRequest(config.callback.preemption, speaks=is_rank_zero()))
+        _fit(config, source, plan, folder, start, request, values)
     if is_rank_zero():
         say(_farewell(folder, *write_report(folder.root)))
+
+
+def _fit(
+    config: RunConfig,
+    source: DataSource,
+    plan: RunPlan,
+    folder: RunFolder,
+    start: StartingPoint | None,
+    request: LeaveRequest,
+    values: dict[str, Any],
+) -> None:
+    """Lightning's training, and what its ends mean."""
+    pl.seed_everything(config.run.seed, verbose=False)
+    module, loaders = build_training(config, source, plan, _provenance(values, config, source, plan))
+    trainer = build_trainer(
+        config.trainer,
+        folder=folder.root,
+        epochs=plan.epochs,
+        accumulate=plan.accumulate,
+        clip_grad_norm=config.optim.clip_grad_norm,
+        callbacks=config.callback.build(
+            folder=folder,
+            request=request,
+            images_per_update=plan.global_batch,
+            steps_per_epoch=plan.steps_per_epoch,
+            epochs=plan.epochs,
+            log_every_n_steps=config.trainer.log_every_n_steps,
+            val_every_n_epochs=config.trainer.val_every_n_epochs,
+        ),
+        loggers=config.logger.build(folder.root, config.name, values) if is_rank_zero() else [],
+        max_batches=plan.steps_per_epoch * plan.accumulate,
+        max_val_batches=config.debug.max_val_batches or None,
+        profile=config.debug.profile,
+    )
+    try:
+        trainer.fit(module, datamodule=loaders, ckpt_path=start and start.path, weights_only=True)
+    except SystemExit as stop:  # Lightning's answer to Ctrl-C before the first update, or to a second one
+        kept = f"goes on from {folder.last}" if folder.last.exists() else "starts again: nothing was saved yet"
+        say(f"interrupted    the same command {kept}")
+        raise KeyboardInterrupt from stop
+    except UnfinishedRunError:
+        if is_rank_zero() and request.wants_requeue:
+            _requeue()
+        raise
 
 
 def _requeue() -> None:
@@ -92,77 +108,14 @@ def _requeue() -> None:
         say(f"job {job.id:<11}{f'is not requeued: {why_not}' if why_not else 'is in the queue again'}")
 
 
-def _changed_architecture(saved: dict[str, Any], asked: dict[str, Any]) -> str:
-    """What differs between two models' settings; drop path may change within a run."""
-    keys = sorted({*saved, *asked} - {"drop_path_rate"})
-    return ", ".join(
-        f"model.{key} was {saved.get(key)}, now {asked.get(key)}" for key in keys if saved.get(key) != asked.get(key)
-    )
-
-
-def _position(start: Path, config: RunConfig, source: DataSource, plan: RunPlan, values: dict[str, Any]) -> Position:
-    """Where in the run a checkpoint stands, once it is known to be of this run."""
-    about = read_checkpoint(start).get("fat_train", {})
-    ways_out = "Give another name=<name> for a new run, or resume=never overwrite=true to replace the old one"
-    if about.get("model") != config.model.name:
-        raise UserError(
-            f"{start} is a checkpoint of model={about.get('model')}, not of {config.model.name}. {ways_out}"
-        )
-    changed = _changed_architecture(about["config"]["model"], values["model"])
-    if changed:
-        raise UserError(f"{start} is a checkpoint of another {config.model.name}: {changed}. {ways_out}")
-    if about.get("classes") != list(source.train.classes):
-        raise UserError(
-            f"{start} was trained on {about.get('num_classes')} classes; data={config.data.name} has "
-            f"{source.num_classes}, or others. {ways_out}"
-        )
-    if about.get("steps_per_epoch") != plan.steps_per_epoch:
-        raise UserError(
-            f"{start} was trained with {about.get('steps_per_epoch')} updates an epoch; this configuration has "
-            f"{plan.steps_per_epoch} ({plan.train_images} images, trainer.global_batch={plan.global_batch}). {ways_out}"
-        )
-    _compare_lists(start, about.get("data", {}), source, ways_out)
-    if about["world_size"] != plan.world_size:
-        say(_changed_world(about["world_size"], about["accumulate"], plan))
-    return Position(*about["position"])
-
-
-def _changed_world(processes: int, accumulate: int, plan: RunPlan) -> str:
-    pad = "\n" + " " * 15
-    return (
-        f"warning        {processes} process{'es' * (processes > 1)} x {accumulate} accumulated before, now "
-        f"{plan.world_size} x {plan.accumulate}: global batch, schedule and the images of each update, with their"
-        f"{pad}augmentation, go on as they were. The weights will not be equal to the bit: sums are taken in another"
-        f"{pad}order, BatchNorm sees other batches, mixing and drop path are drawn for each process"
-    )
-
-
-def _compare_lists(start: Path, saved: dict[str, str], source: DataSource, ways_out: str) -> None:
-    """Other lists of images are the user's affair, unless a run would be validated on what it has trained on."""
-    lists = _fingerprints(source)
-    if source.held_out and saved.get("val") != lists["val"]:
-        raise UserError(
-            f"{start} has trained on images that data.holdout would now hold out: its own held-out images were others, "
-            f"or none. {ways_out}"
-        )
-    if saved.get("train") != lists["train"]:
-        say(f"warning        the training images are not those of {start}: the order of the rest of the run is another")
-    if saved.get("val") != lists["val"]:
-        say(f"warning        the validation images are not those of {start}: accuracies do not compare with its own")
-
-
 def _provenance(values: dict[str, Any], config: RunConfig, source: DataSource, plan: RunPlan) -> dict[str, Any]:
     return provenance(
         values,
         model=config.model.name,
         classes=source.train.classes,
         steps_per_epoch=plan.steps_per_epoch,
-        fingerprints=_fingerprints(source),
+        fingerprints=fingerprints(source),
     )
-
-
-def _fingerprints(source: DataSource) -> dict[str, str]:
-    return {"train": source.train.fingerprint, "val": source.val.fingerprint}
 
 
 def _announce(
@@ -170,8 +123,7 @@ def _announce(
     source: DataSource,
     plan: RunPlan,
     folder: RunFolder,
-    start: StartingPoint | None,
-    at: int,
+    resumed: Resumed | None,
     values: dict[str, Any],
 ) -> None:
     """Say what is about to happen, each derived number with its formula."""
@@ -185,22 +137,25 @@ def _announce(
     if plan.world_size > 1:
         synced = "synchronised over all devices" if config.trainer.kind == "gpu" else "of each process (CPU)"
         say(f"BatchNorm      statistics are {synced}")
-    if start is None:
+    if resumed is None:
         return
-    for note in start.notes:
-        say(f"warning        {note}")
-    say(f"resuming       from {start.path}, at update {at}")
+    say(f"resuming       from {resumed.path}, at update {resumed.position.updates}")
+    for note in resumed.notes:
+        say("warning        " + note.replace("\n", "\n" + " " * 15))
     for line in folder.config_diff(values):
         say(f"  changed      {line}")
 
 
-def _finished(config: RunConfig, folder: RunFolder, start: Path, epochs: int) -> str:
-    if is_rank_zero() and not (folder.root / REPORT_FILE).exists():
-        write_report(folder.root)  # the end came between the last checkpoint and the report
+def _finished(config: RunConfig, folder: RunFolder, resumed: Resumed, plan: RunPlan) -> str:
+    if is_rank_zero():  # the end may have come right after the last checkpoint
+        delete_dropped(folder, resumed.kept)
+        if not (folder.root / REPORT_FILE).exists():
+            write_report(folder.root)
     return (
-        f"{config.name} is finished: {start} has {epochs} epochs behind it, "
+        f"{config.name} is finished: {resumed.path} has {resumed.position.updates // plan.steps_per_epoch} epochs "
+        "behind it, "
         f"schedule.epochs={config.schedule.epochs} asks for no more.\n"
-        f"Evaluate it:    {this_python()} -m fat_train evaluate checkpoint={start}\n"
+        f"Evaluate it:    {this_python()} -m fat_train evaluate checkpoint={resumed.path}\n"
         "Train longer:   give a larger schedule.epochs\n"
         "Start again:    resume=never overwrite=true, or another name=<name>"
     )

@@ -15,6 +15,8 @@ from jaxtyping import Bool, Int
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from fat_train.types import UserError
+
 FOLDER_NAME = "digits-64px-v1"  # raise the version when the files would come out different
 FILE_PX = 64
 JPEG_QUALITY = 95
@@ -31,12 +33,26 @@ def cache_folder() -> Path:
 def digits_root() -> Path:
     """Return the folder with train/<digit>/ and val/<digit>/, writing it first where it is not there yet.
 
+    Raises:
+        UserError: it cannot be written.
+
     The files are written beside it and moved into place in one go, so that an interrupted writing leaves nothing
     behind that looks whole, and of several processes at once the first to finish wins.
     """
     root = cache_folder() / FOLDER_NAME
     if (root / COMPLETE_MARKER).is_file():
         return root
+    try:
+        _write_beside(root)
+    except OSError as error:
+        raise UserError(
+            f"data=digits writes its images to {root}, which cannot be done: {error.strerror}. "
+            "Set FAT_TRAIN_CACHE to a folder that can be written to"
+        ) from error
+    return root
+
+
+def _write_beside(root: Path) -> None:
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=FOLDER_NAME + ".", dir=root.parent) as temporary:
         written = Path(temporary) / FOLDER_NAME
@@ -49,7 +65,6 @@ def digits_root() -> Path:
             if not (root / COMPLETE_MARKER).is_file():
                 shutil.rmtree(root)
                 written.rename(root)
-    return root
 
 
 def _write_digits(root: Path) -> None:

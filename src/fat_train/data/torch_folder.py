@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
@@ -86,6 +88,7 @@ class TorchLoader(Loader):
             persistent_workers=num_workers > 0,
             prefetch_factor=BATCHES_AHEAD_PER_WORKER if num_workers else None,
             multiprocessing_context=_worker_context() if num_workers else None,
+            worker_init_fn=_end_with_the_loader,
         )
 
     def _load(self, planned: Iterator[Planned]) -> Iterator[Batch]:
@@ -102,6 +105,20 @@ def _worker_context() -> BaseContext:
     context = multiprocessing.get_context(method)
     context.set_forkserver_preload([__name__])  # imported once, not by every worker
     return context
+
+
+def _end_with_the_loader(worker: int) -> None:
+    """Workers outlive a loader that is killed: torch looks at their parent, which is the forkserver, and that one waits
+    for them."""
+    del worker
+    loader = multiprocessing.parent_process()
+    assert loader is not None
+
+    def wait() -> None:
+        loader.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _as_it_is(answer: Any) -> Any:

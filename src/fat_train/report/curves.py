@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fat_train.checkpoint.io import replacing
 from fat_train.report.metrics import Metrics
 
 SIZE_INCH = (12.0, 8.0)
@@ -64,7 +65,8 @@ def draw_curves(metrics: Metrics, out_png: Path) -> Path:
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     figure.suptitle(metrics.run_dir.resolve().name, fontsize=15, fontweight="bold")
-    figure.savefig(out_png)
+    with replacing(out_png) as beside:
+        figure.savefig(beside, format="png")
     return out_png
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from fat_train.checkpoint.io import write_atomically
 from fat_train.metric.record import format_duration
 from fat_train.report.curves import draw_curves
 from fat_train.report.metrics import CONFIG_FILE, Metrics, read_metrics
@@ -56,7 +57,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     curves = draw_curves(metrics, run_dir / CURVES_FILE)
     report = run_dir / REPORT_FILE
     sections = [f"# {run_dir.resolve().name}", run_table(metrics), epoch_table(metrics)]
-    report.write_text("\n\n".join([*sections, f"![curves]({CURVES_FILE})"]) + "\n", encoding="utf-8")
+    write_atomically(report, "\n\n".join([*sections, f"![curves]({CURVES_FILE})"]) + "\n")
     return curves, report
 
 
