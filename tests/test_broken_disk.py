@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from fat_train.__main__ import main
 from fat_train.checkpoint.io import find_damage
@@ -205,3 +206,17 @@ def test_another_global_batch_is_another_run(
     assert main([*words, word, f"schedule.epochs={EPOCHS + 1}"]) == 2
     assert "trainer.global_batch" in capsys.readouterr().err
     assert_same_end(run, whole)
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_found_or_harmless(tmp_path: Path) -> None:
+    """In the directory and the headers of the archive too, which its checksums do not cover."""
+    content = {"weights": torch.arange(300.0), "updates": 7}
+    file = tmp_path / "x.ckpt"
+    torch.save(content, file)
+    whole = file.read_bytes()
+    for place in range(0, len(whole), 3):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        if not find_damage(file):
+            assert list(differences_in(read_checkpoint(file), content)) == [], place

@@ -239,11 +239,11 @@ class Training:
 
 
 def random_moments(seed: int, count: int, like: Training) -> list[Moment]:
-    """Moments of the clock: every third in a start, the others in the first half of a training, as `like`'s were."""
+    """Moments of the clock: every third in a start, the others in the first third of a training, as `like`'s were."""
     rng = random.Random(seed)
-    half_s = (like.seconds - like.start_s) / 2
+    third_s = (like.seconds - like.start_s) / 3
     return [
-        After(rng.uniform(0, like.start_s)) if number % 3 == 2 else After(rng.uniform(0, half_s), training=True)
+        After(rng.uniform(0, like.start_s)) if number % 3 == 2 else After(rng.uniform(0, third_s), training=True)
         for number in range(count)
     ]
 
