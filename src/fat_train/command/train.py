@@ -46,7 +46,9 @@ def run(tree: DictConfig) -> None:
         folder.write_config(values)
 
     pl.seed_everything(config.run.seed, verbose=False)
-    module, loaders = build_training(config, source, plan, _provenance(values, config, source, plan))
+    wandb_id = config.logger.wandb_id(folder.root, start) if is_rank_zero() else None
+    about = _provenance(values, config, source, plan) | {"wandb_id": wandb_id}
+    module, loaders = build_training(config, source, plan, about)
     trainer = build_trainer(
         config.trainer,
         folder=folder.root,
@@ -62,7 +64,7 @@ def run(tree: DictConfig) -> None:
             log_every_n_steps=config.trainer.log_every_n_steps,
             val_every_n_epochs=config.trainer.val_every_n_epochs,
         ),
-        loggers=config.logger.build(folder.root, config.name, values) if is_rank_zero() else [],
+        loggers=config.logger.build(folder.root, config.name, values, wandb_id) if is_rank_zero() else [],
         max_batches=plan.steps_per_epoch * plan.accumulate,
         max_val_batches=config.debug.max_val_batches or None,
         profile=config.debug.profile,
