@@ -21,7 +21,7 @@ from fat_train.logger.build import LoggerConfig
 from fat_train.metric.record import is_epoch_row, read_rows
 
 WORDS = ["trainer.log_every_n_steps=1", "schedule.epochs=2", "name=logged", "trainer.accelerator=cpu"]
-LONG = [*WORDS, "schedule.epochs=4", "data.num_images=1600"]
+LONG = [*WORDS, "schedule.epochs=4", "data.num_images=800"]
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -89,31 +89,46 @@ def full_disk(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory, tiny: list[str], cli: Cli) -> tuple[Path, str, str]:
+    """The folder of a run that both services followed and that was made longer, and what its second start printed."""
+    folder = tmp_path_factory.mktemp("runs")
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    for epochs in (1, 2):
+        words = [*tiny, *WORDS, f"schedule.epochs={epochs}", "logger=wandb", "logger.tensorboard=true"]
+        done = cli(*words, f"folder={folder}", env={**outside, "HOME": str(folder)})
+        assert done.returncode == 0, done.stderr
+    return folder / "logged", done.stdout, done.stderr
+
+
 def test_wandb_without_a_login_gets_the_rows_of_metrics_csv_to_the_bit(
-    tmp_path: Path, tiny: list[str], cli: Cli, read_wandb: Any, points_of: Any
+    resumed: tuple[Path, str, str], read_wandb: Any, points_of: Any
 ) -> None:
-    done = cli(*tiny, *WORDS, "logger=wandb", f"folder={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    run = tmp_path / "logged"
+    run, said, complained = resumed
     file = newest(run)
     told = read_wandb(file)
-    assert without(told.history) == points_of(run)
+    assert len(told.history) == 10
+    assert without(told.history) == points_of(run), "`wandb sync` puts a later file in the place of an earlier one"
     assert [line["_step"] for line in told.history] == list(range(10))
     assert told.x_axes == {"step": "", "*": "step"}, "plots are over updates"
     assert told.config["model"]["_target_"] == "fat_train.model.fat.FATConfig"
-
-    assert told.run_id == (run / "wandb_id.txt").read_text()
-    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["fat_train"]["wandb_id"] == told.run_id
-    assert f"W&B            offline: nobody is logged in; send it later with: wandb sync {file.parent}\n" in done.stdout
-    assert "wandb" not in done.stderr
+    assert f"W&B            offline: nobody is logged in; send it later with: wandb sync {file.parent}\n" in said
+    assert "wandb" not in complained
 
 
-def test_tensorboard_shows_the_rows_once_also_after_a_resume(tmp_path: Path, tiny: list[str], cli: Cli) -> None:
-    for epochs in (1, 2):
-        done = cli(*tiny, *WORDS, f"schedule.epochs={epochs}", "logger=tensorboard", f"folder={tmp_path}")
-        assert done.returncode == 0, done.stderr
-    rows = read_rows(tmp_path / "logged" / "metrics.csv")
-    events = EventAccumulator(str(tmp_path / "logged" / "tensorboard"))
+def test_a_run_keeps_its_id_in_its_folder_and_in_its_checkpoints(
+    resumed: tuple[Path, str, str], read_wandb: Any
+) -> None:
+    run, *_ = resumed
+    ids = {read_wandb(file).run_id for file in (run / "wandb").glob("offline-run-*/run-*.wandb")}
+    kept = read_checkpoint(run / "checkpoints" / "last.ckpt")["fat_train"]["wandb_id"]
+    assert ids == {kept} == {(run / "wandb_id.txt").read_text()}
+
+
+def test_tensorboard_shows_the_rows_once_also_after_a_resume(resumed: tuple[Path, str, str]) -> None:
+    run, *_ = resumed
+    rows = read_rows(run / "metrics.csv")
+    events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     for tag, column, of_epochs in (
         ("train/loss", "train/loss", False),
@@ -126,6 +141,7 @@ def test_tensorboard_shows_the_rows_once_also_after_a_resume(tmp_path: Path, tin
         torch.testing.assert_close([value for _, value in shown], [value for _, value in expected])
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_under_its_id_and_the_newest_file_has_every_row(
     tmp_path: Path, tiny: list[str], cli: Cli, read_wandb: Any, points_of: Any
 ) -> None:
@@ -147,9 +163,10 @@ def test_a_killed_run_goes_on_under_its_id_and_the_newest_file_has_every_row(
     assert told.run_id == first_id == (run / "wandb_id.txt").read_text()
     assert without(told.history) == points_of(run)
     steps = [line["step"] for line in told.history if "epoch" not in line]
-    assert steps == list(range(1, 801)), "every update once"
+    assert steps == list(range(1, 401)), "every update once"
 
 
+@pytest.mark.slow
 def test_the_death_of_wandbs_process_costs_no_row(
     tmp_path: Path, tiny: list[str], read_wandb: Any, points_of: Any
 ) -> None:
@@ -164,10 +181,11 @@ def test_the_death_of_wandbs_process_costs_no_row(
     assert "the run goes on" in said
     assert "Traceback" not in said
     rows = points_of(run)
-    assert len(rows) == 4 * 201
+    assert len(rows) == 4 * 101
     assert without(read_wandb(newest(run)).history) == rows
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_loggers_ends_no_run(
     tmp_path: Path, tiny: list[str], cli: Cli, full_disk: Callable[[Path], None]
 ) -> None:
@@ -209,7 +227,7 @@ def test_a_wandb_process_that_hangs_is_left_alone_at_the_end(tmp_path: Path, tin
     said = log.read_text()
     assert f"W&B            has not ended within 6 s; it is left alone, {run / 'metrics.csv'} is whole" in said
     assert "Traceback" not in said
-    assert len(read_rows(run / "metrics.csv")) == 4 * 201
+    assert len(read_rows(run / "metrics.csv")) == 4 * 101
     with contextlib.suppress(ProcessLookupError):
         os.kill(core, 0)
         pytest.fail("the process that hung is still there")

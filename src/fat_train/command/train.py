@@ -12,13 +12,14 @@ from fat_train.checkpoint.provenance import provenance
 from fat_train.checkpoint.run_folder import RunFolder
 from fat_train.checkpoint.weights import read_checkpoint
 from fat_train.command.assemble import build_training, device_of, open_run, plan_of
-from fat_train.command.say import is_rank_zero, say, this_python
+from fat_train.command.say import complain, is_rank_zero, say, this_python
 from fat_train.config.run import RunConfig, plain
 from fat_train.data.datamodule import DataSource, SyntheticDataConfig, choose_backend
 from fat_train.report.table import write_report
 from fat_train.trainer.build import build_trainer
+from fat_train.trainer.lost_rank import lost_rank
 from fat_train.trainer.plan import RunPlan
-from fat_train.types import UserError
+from fat_train.types import UnfinishedRunError, UserError
 
 
 def run(tree: DictConfig) -> None:
@@ -75,6 +76,11 @@ def run(tree: DictConfig) -> None:
         kept = f"goes on from {folder.last}" if folder.last.exists() else "starts again: no epoch was finished yet"
         say(f"interrupted    the same command {kept}")
         raise KeyboardInterrupt from stop
+    except RuntimeError as error:
+        if (lost := lost_rank(error)) is None:
+            raise
+        complain(f"{lost}\nWhen all processes have ended, the same commands go on from the last checkpoint")
+        raise UnfinishedRunError(lost, status=1) from error
     if is_rank_zero():
         say(_farewell(folder, *write_report(folder.root)))
 
