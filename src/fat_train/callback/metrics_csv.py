@@ -63,7 +63,7 @@ class MetricsCsv(Callback):
     Columns: `fat_train.metric.record.COLUMNS`. `lr` is the rate that update number `step` used. A row's `train/loss` is
     the mean over its global batch, an epoch's the mean over its updates, both over all ranks. Numbers are written
     with all their bits. Resuming at update k drops the rows of later updates, so that each stands there once. `val/*`
-    come from `trainer.callback_metrics`, as they are when validation ends.
+    come from `trainer.callback_metrics`, as they are when validation ends. The loggers get these very rows.
 
     Args:
         path: the file; rank 0 writes it.
@@ -105,6 +105,8 @@ class MetricsCsv(Callback):
             kept = self._file.begin(last_step=trainer.global_step)
             # a checkpoint of an epoch's last update leads to the rows of that update a second time
             self._already_there = {(row["step"], is_epoch_row(row)) for row in kept}
+            for logger in trainer.loggers:
+                logger.log_metrics({}, step=trainer.global_step)  # the rows that are there now stand
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A new epoch's sums; an epoch taken up in its middle does not pass here."""
@@ -181,3 +183,5 @@ class MetricsCsv(Callback):
         row = {name: row.get(name, "") for name in COLUMNS}
         if trainer.is_global_zero and (row["step"], is_epoch_row(row)) not in self._already_there:
             self._file.append(row)
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=int(values["step"]))
