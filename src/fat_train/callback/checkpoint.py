@@ -230,6 +230,7 @@ class Checkpoints(Checkpoint):
         self._former_best = self._best
         order = WriteOrder(
             also_as=tuple(self._folder.checkpoints / name for name in also_as),
+            after=(self._folder.metrics,),
             keep_former_as=self._folder.previous,
             then_delete=tuple(self._folder.checkpoints / name for name in self._dropped),
             buffers=self._buffers,

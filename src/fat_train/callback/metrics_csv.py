@@ -25,7 +25,8 @@ class CsvFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._waiting = ""
+        self.waiting = ""
+        """Rows that the disk has refused."""
         self._warned = False
 
     def begin(self, last_step: int) -> list[Row]:
@@ -43,18 +44,18 @@ class CsvFile:
 
     def append(self, row: Row) -> None:
         """Write one row now; on a disk that refuses it, keep it for the next time."""
-        self._waiting += format_row(row)
+        self.waiting += format_row(row)
         size = self.path.stat().st_size
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(self._waiting)
+                file.write(self.waiting)
         except OSError as error:
             os.truncate(self.path, size)
             if not self._warned:
                 self._warned = True
                 warnings.warn(f"{self.path}: {error.strerror}; its rows wait until there is room again", stacklevel=2)
         else:
-            self._waiting = ""
+            self.waiting = ""
 
 
 class MetricsCsv(Callback):
@@ -83,21 +84,26 @@ class MetricsCsv(Callback):
         self._already_there: set[tuple[str, bool]] = set()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the epoch's row needs of the part already done. A collective, as every rank's loss is in it."""
-        return {"epoch": self._meter.state_dict(), "lr": self._lr, "validation": self._validation}
+        """What the epoch's row needs of the part already done; every row up to here is on the disk then, or part of it.
+        A collective, as every rank's loss is in it."""
+        self._write_arrived(self._trainer, wait=True)
+        return {
+            "epoch": self._meter.state_dict(),
+            "lr": self._lr,
+            "validation": self._validation,
+            "waiting": self._file.waiting,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the epoch where the checkpoint left it."""
         self._meter.load_state_dict(state_dict["epoch"])
         self._lr = state_dict["lr"]
         self._validation = state_dict["validation"]
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Every row up to the checkpoint's update is on disk before it: a resumed run then misses none."""
-        self._write_arrived(trainer, wait=True)
+        self._file.waiting = state_dict["waiting"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The update at which this process begins is known: later rows are of a run that was cut off."""
+        self._trainer = trainer
         self._seen_updates = self._rate_updates = trainer.global_step
         self._meter.take_up(trainer.current_epoch)
         self._rate_train_s = self._meter.train_s

@@ -19,7 +19,7 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from fat_train.checkpoint.io import link_or_copy, replacing, write_checkpoint
+from fat_train.checkpoint.io import link_or_copy, replacing, sync, write_checkpoint
 from fat_train.threads import torch_threads
 
 CPU = torch.device("cpu")
@@ -33,6 +33,8 @@ class WriteOrder:
 
     also_as: tuple[Path, ...] = ()
     """Further names of the same file, given before its own."""
+    after: tuple[Path, ...] = ()
+    """Files whose bytes are to be on the disk before it has a name: those that it relies on."""
     keep_former_as: Path | None = None
     """Name for the file that the new one replaces."""
     then_delete: tuple[Path, ...] = ()
@@ -122,6 +124,8 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as beside:
                 write_checkpoint(checkpoint, beside)
+                for file in filter(Path.exists, order.after):
+                    sync(file)
                 for name in order.also_as:
                     link_or_copy(beside, name)
                 if order.keep_former_as is not None and path.exists():

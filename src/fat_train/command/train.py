@@ -113,7 +113,7 @@ def _requeue() -> None:
     job = this_job()
     if job is not None:
         why_not = job.requeue()
-        say(f"job {job.id:<11}{f'is not requeued: {why_not}' if why_not else 'is in the queue again'}")
+        say(f"not requeued   {why_not}" if why_not else f"job {job.id:<11}is in the queue again")
 
 
 def _provenance(values: dict[str, Any], config: RunConfig, source: DataSource, plan: RunPlan) -> dict[str, Any]:
