@@ -95,8 +95,10 @@ def resumed(tmp_path_factory: pytest.TempPathFactory, tiny: list[str], cli: Cli)
     folder = tmp_path_factory.mktemp("runs")
     outside = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     for epochs in (1, 2):
-        words = [*tiny, *WORDS, f"schedule.epochs={epochs}", "logger=wandb", "logger.tensorboard=true"]
-        done = cli(*words, f"folder={folder}", env={**outside, "HOME": str(folder)})
+        words = [*tiny, *WORDS, f"schedule.epochs={epochs}", "callback.ema.decay=0.9"]
+        done = cli(
+            *words, "logger=wandb", "logger.tensorboard=true", f"folder={folder}", env={**outside, "HOME": str(folder)}
+        )
         assert done.returncode == 0, done.stderr
     return folder / "logged", done.stdout, done.stderr
 
