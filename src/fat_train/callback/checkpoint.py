@@ -245,6 +245,9 @@ class Checkpoints(Checkpoint):
         why = self._request.why or "another process was asked to leave"
         kept = f"saved as {self._folder.last}" if has_saved and not failed else f"kept {self._saved_before()}"
         _say(trainer, f"leaving        {why}: at update {trainer.global_step}, {kept}; the same command goes on")
+        # Now, and not when all is closed: Slurm gives a job whose time is over few seconds, and loggers may want them.
+        if trainer.is_global_zero and (said := self._request.requeue()):
+            _say(trainer, said)
         raise UnfinishedRunError(why, self._request.status if trainer.is_global_zero else 0)
 
     def _rank(self, epoch: int, value: float) -> list[str]:

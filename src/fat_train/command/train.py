@@ -13,7 +13,6 @@ from fat_train.callback.checkpoint import delete_dropped
 from fat_train.callback.preemption import LeaveRequest
 from fat_train.checkpoint.provenance import provenance
 from fat_train.checkpoint.run_folder import RunFolder, StartingPoint
-from fat_train.cluster.slurm import this_job
 from fat_train.command.assemble import build_training, device_of, open_run, plan_of
 from fat_train.command.resume import Resumed, check_start, fingerprints
 from fat_train.command.say import complain, is_rank_zero, say, this_python
@@ -98,22 +97,11 @@ def _fit(
         kept = f"goes on from {folder.last}" if folder.last.exists() else "starts again: nothing was saved yet"
         say(f"interrupted    the same command {kept}")
         raise KeyboardInterrupt from stop
-    except UnfinishedRunError:
-        if is_rank_zero() and request.wants_requeue:
-            _requeue()
-        raise
     except RuntimeError as error:
         if (lost := lost_rank(error)) is None:
             raise
         complain(f"{lost}\nWhen all processes have ended, the same commands go on from the last checkpoint")
         raise UnfinishedRunError(lost, status=1) from error
-
-
-def _requeue() -> None:
-    job = this_job()
-    if job is not None:
-        why_not = job.requeue()
-        say(f"not requeued   {why_not}" if why_not else f"job {job.id:<11}is in the queue again")
 
 
 def _provenance(values: dict[str, Any], config: RunConfig, source: DataSource, plan: RunPlan) -> dict[str, Any]:
