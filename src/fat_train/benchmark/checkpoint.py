@@ -20,8 +20,6 @@ from fat_train.callback.checkpoint import Checkpoints
 from fat_train.checkpoint.io import tensors_of
 from fat_train.checkpoint.writer import BackgroundCheckpointIO
 
-COPIES = 5
-
 
 @dataclass
 class Seconds:
@@ -38,9 +36,9 @@ class Seconds:
     without_save: list[float] = field(default_factory=list)
     """Blocks of updates between them."""
     copy_weights: list[float] = field(default_factory=list)
-    """Copying the weights alone, while nothing else runs."""
+    """Copying the weights alone, between two updates."""
     copy_all: list[float] = field(default_factory=list)
-    """Copying weights, moments and averages, while nothing else runs."""
+    """Copying weights and moments, between two updates."""
 
     @property
     def pause(self) -> float:
@@ -80,15 +78,6 @@ class TimedCheckpoints(Checkpoints):
                 self.seconds.waiting.append(time.perf_counter() - started)
             self._has_saved = False
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Time plain copies of the same tensors."""
-        super().on_train_end(trainer, pl_module)
-        weights = list(pl_module.state_dict().values())
-        moments = [tensor for optimizer in trainer.optimizers for tensor in tensors_of(dict(optimizer.state))]
-        for tensors, into in ((weights, self.seconds.copy_weights), (weights + moments, self.seconds.copy_all)):
-            for _ in range(COPIES):
-                into.append(_time_of_copying(tensors))
-
     def _save(self, *words: Any) -> None:
         _finish_device_work()
         started = time.perf_counter()
@@ -118,15 +107,28 @@ class BlockClock(Callback):
     ) -> None:
         """A block ends before the save that follows this update, if one does."""
         blocks, rest = divmod(trainer.global_step, self._every)
-        if rest or trainer.global_step == self._seen_updates:
+        if trainer.global_step == self._seen_updates:
             return
         self._seen_updates = trainer.global_step
+        if blocks % 2 == 1 and rest == self._every // 2 and self._marked_at is not None:
+            self._marked_at += self._copy(trainer, pl_module)
+        if rest:
+            return
         _finish_device_work()
         now = time.perf_counter()
         if self._marked_at is not None:  # the first block warms up
             into = self._seconds.without_save if blocks % 2 == 0 else self._seconds.with_save
             into.append(now - self._marked_at)
         self._marked_at = now
+
+    def _copy(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        """Time plain copies of what is saved, where a checkpoint could be due; returns how long that took."""
+        started = time.perf_counter()
+        weights = list(pl_module.state_dict().values())
+        moments = [tensor for optimizer in trainer.optimizers for tensor in tensors_of(dict(optimizer.state))]
+        self._seconds.copy_all.append(_time_of_copying(weights + moments))
+        self._seconds.copy_weights.append(_time_of_copying(weights))
+        return time.perf_counter() - started
 
 
 def lines_of(seconds: Seconds, every: int, size_mb: float) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ class TrainingModule(ValidationModule):
         self.gradient_norms: Tensor | None = None  # of each parameter, of the newest update, before clipping
         self._optimizer_settings: list[dict[str, Any]] = []
         self._resumed_at: Position | None = None
+        self._references: dict[str, Any] | None = None
 
     def configure_optimizers(self) -> Any:
         """The optimiser at the scaled rate, and the schedule by update."""
@@ -117,6 +119,19 @@ class TrainingModule(ValidationModule):
         scheduler.step_update(num_updates=self.global_step)
         if self._resumed_at is not None and self._resumed_at.epoch_ended:
             self.trainer.fit_loop.restarting = False  # nothing of the next epoch has been begun
+        self._references = super().state_dict()
+
+    def teardown(self, stage: str) -> None:
+        """Lightning moves the model away from its device."""
+        self._references = None
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """While training the tensors are changed in place and never replaced, so one walk over the modules does for all
+        checkpoints: it would be most of the time that a save stops the training."""
+        if args or kwargs or self._references is None:
+            state: dict[str, Any] = super().state_dict(*args, **kwargs)
+            return state
+        return copy(self._references)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed torch from the step's place in the run, so that no random state has to be saved to resume exactly."""
