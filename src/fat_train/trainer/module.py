@@ -123,6 +123,7 @@ class TrainingModule(ValidationModule):
 
     def teardown(self, stage: str) -> None:
         """Lightning moves the model away from its device."""
+        del stage
         self._references = None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
