@@ -126,7 +126,7 @@ class TrainingModule(ValidationModule):
         del stage
         self._references = None
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """While training the tensors are changed in place and never replaced, so one walk over the modules does for all
         checkpoints: it would be most of the time that a save stops the training."""
         if args or kwargs or self._references is None:
