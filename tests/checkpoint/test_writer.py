@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fat_train.checkpoint.writer import BackgroundCheckpointIO, WriteOrder, addresses
+from fat_train.checkpoint.io import tensors_of
+from fat_train.checkpoint.writer import BackgroundCheckpointIO, WriteOrder
 
 
 @pytest.fixture
@@ -31,18 +32,30 @@ def test_what_is_saved_is_read_back(io: BackgroundCheckpointIO, tmp_path: Path) 
 def test_weights_may_change_once_the_copy_is_waited_for_and_statistics_at_once(
     io: BackgroundCheckpointIO, tmp_path: Path
 ) -> None:
-    weights, statistics = torch.zeros(2**22), torch.zeros(8)
+    weights, moments, statistics, counts = torch.zeros(2**22), torch.zeros(2**22), torch.zeros(8), torch.zeros(8)
+    checkpoint = {
+        "state_dict": {"weights": weights, "statistics": statistics},
+        "optimizer_states": [{"state": {0: {"exp_avg": moments}}}],
+        "callbacks": {"counts": counts},
+    }
     for turn in range(5):
-        order = WriteOrder(still=addresses([weights]))
-        io.save_checkpoint({"weights": weights, "statistics": statistics}, tmp_path / "last.ckpt", order)
+        io.save_checkpoint(checkpoint, tmp_path / "last.ckpt", WriteOrder(buffers=frozenset(["statistics"])))
         statistics.add_(1)
+        counts.add_(1)
         io.wait_for_copy()
         weights.add_(1)
+        moments.add_(1)
         io.flush()
-        saved = read(tmp_path / "last.ckpt")
-        assert saved["weights"].unique().tolist() == [turn]
-        assert saved["statistics"].unique().tolist() == [turn]
+        saved = tensors_of(read(tmp_path / "last.ckpt"))
+        assert {value for tensor in saved for value in tensor.unique().tolist()} == {turn}
+
+
+def test_without_a_word_on_what_stays_everything_may_change_at_once(io: BackgroundCheckpointIO, tmp_path: Path) -> None:
+    weights = torch.zeros(2**22)
+    io.save_checkpoint({"state_dict": {"weights": weights}}, tmp_path / "last.ckpt")
+    weights.add_(1)
     io.teardown()
+    assert not read(tmp_path / "last.ckpt")["state_dict"]["weights"].any()  # type: ignore[index]
 
 
 def test_one_file_gets_all_its_names_and_the_former_one_is_kept(io: BackgroundCheckpointIO, tmp_path: Path) -> None:
@@ -70,7 +83,7 @@ def test_a_failed_write_is_told_once_and_changes_nothing(io: BackgroundCheckpoin
     failure = io.take_failure()
     assert failure is not None
     assert failure[0] == folder / "last.ckpt"
-    assert isinstance(failure[1], OSError)
+    assert failure[1] == "File exists"
     assert io.take_failure() is None
     assert int(read(tmp_path / "moved" / "last.ckpt")["number"]) == 1
     io.teardown()
@@ -91,3 +104,14 @@ def test_threads_that_begin_while_one_writes_compute_as_before(io: BackgroundChe
     thread.join()
     io.teardown()
     assert later == [before] == [torch.get_num_threads()]
+
+
+def test_weights_that_are_not_finite_never_take_the_place_of_good_ones(
+    io: BackgroundCheckpointIO, tmp_path: Path
+) -> None:
+    path = tmp_path / "last.ckpt"
+    for value in (1.0, float("nan")):
+        io.save_checkpoint({"state_dict": {"weights": torch.tensor([0.0, value])}}, path)
+    io.teardown()
+    assert io.take_failure() == (path, "its weights are no longer finite")
+    assert read(path)["state_dict"]["weights"].tolist() == [0, 1]  # type: ignore[index]

@@ -9,15 +9,13 @@ from typing import Any, NamedTuple, NoReturn
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
-from torch import nn
 from torch.optim import Optimizer
 
 from fat_train.callback.agreement import Agreement, Wish
 from fat_train.callback.ema import EMA
 from fat_train.callback.preemption import LeaveRequest
-from fat_train.checkpoint.io import tensors_of
 from fat_train.checkpoint.run_folder import RunFolder
-from fat_train.checkpoint.writer import BackgroundCheckpointIO, WriteOrder, addresses
+from fat_train.checkpoint.writer import BackgroundCheckpointIO, WriteOrder
 from fat_train.types import UnfinishedRunError, UserError
 
 MONITOR = "val/top1"
@@ -109,6 +107,7 @@ class Checkpoints(Checkpoint):
         self._save_at = float("inf")
         self._has_wished = False
         self._shared_val_batches = 0
+        self._buffers: frozenset[str] | None = None
 
     @property
     def state_key(self) -> str:
@@ -133,6 +132,7 @@ class Checkpoints(Checkpoint):
         self._request.listen_while_training()
         self._seen_updates = trainer.global_step
         self._save_at = self._next_time()
+        self._buffers = _buffers(trainer)
         if trainer.is_global_zero:
             self._mend(trainer)
         if self._agreement.settle(self._wish(trainer)) == Wish.LEAVE:
@@ -207,7 +207,7 @@ class Checkpoints(Checkpoint):
             if failure is not None:
                 raise UserError(
                     f"training is over, but its last checkpoint could not be saved: {failure[0]}: "
-                    f"{failure[1].strerror}. Free some space; the same command then goes on from {self._saved_before()}"
+                    f"{failure[1]}. Free some space; the same command then goes on from {self._saved_before()}"
                 )
 
     def _io(self, trainer: Trainer) -> BackgroundCheckpointIO:
@@ -230,9 +230,11 @@ class Checkpoints(Checkpoint):
         self._former_best = self._best
         order = WriteOrder(
             also_as=tuple(self._folder.checkpoints / name for name in also_as),
+            after=(self._folder.metrics,),
             keep_former_as=self._folder.previous,
             then_delete=tuple(self._folder.checkpoints / name for name in self._dropped),
-            still=_still(trainer),
+            buffers=self._buffers,
+            device=trainer.strategy.root_device,
         )
         trainer.save_checkpoint(self._folder.last, storage_options=order)
         self._dropped = []
@@ -243,6 +245,9 @@ class Checkpoints(Checkpoint):
         why = self._request.why or "another process was asked to leave"
         kept = f"saved as {self._folder.last}" if has_saved and not failed else f"kept {self._saved_before()}"
         _say(trainer, f"leaving        {why}: at update {trainer.global_step}, {kept}; the same command goes on")
+        # Now, and not when all is closed: Slurm gives a job whose time is over few seconds, and loggers may want them.
+        if trainer.is_global_zero and (said := self._request.requeue()):
+            _say(trainer, said)
         raise UnfinishedRunError(why, self._request.status if trainer.is_global_zero else 0)
 
     def _rank(self, epoch: int, value: float) -> list[str]:
@@ -271,12 +276,12 @@ class Checkpoints(Checkpoint):
         failure = self._io(trainer).take_failure()
         if failure is None:
             return False
-        path, error = failure
+        path, why = failure
         self._best, self._dropped = self._former_best, []
         self._save_at = self._clock() + RETRY_AFTER_S
         _say(
             trainer,
-            f"warning        could not save {path}: {error.strerror}. The run goes on with {self._saved_before()}, "
+            f"warning        could not save {path}: {why}. The run goes on with {self._saved_before()}, "
             f"and tries again in {RETRY_AFTER_S:.0f} s",
         )
         return True
@@ -304,13 +309,11 @@ def _is_turn(epoch: int, every: int) -> bool:
     return every > 0 and epoch % every == 0
 
 
-def _still(trainer: Trainer) -> frozenset[int]:
-    """Addresses of all that only an optimiser step, or what follows it, changes."""
+def _buffers(trainer: Trainer) -> frozenset[str]:
+    """Names of what changes between two optimiser steps, in the model and in its average."""
     averages = (callback.average for callback in _callbacks(trainer) if isinstance(callback, EMA))
-    modules: list[nn.Module] = [trainer.lightning_module, *(average for average in averages if average is not None)]
-    parameters = (parameter for module in modules for parameter in module.parameters())
-    states = (tensor for optimizer in trainer.optimizers for tensor in tensors_of(dict(optimizer.state)))
-    return addresses([*parameters, *states])
+    modules = [trainer.lightning_module, *(average.module for average in averages if average is not None)]
+    return frozenset(name for module in modules for name, _ in module.named_buffers())
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -97,7 +97,7 @@ class EMA(Callback):
         if self._metric is None:
             return
         values = self._metric.compute()
-        pl_module.log_dict({"val/top1_ema": values["top1"], "val/top5_ema": values["top5"]})
+        pl_module.log_dict({"val/top1_ema": values["top1"], "val/top5_ema": values["top5"]}, logger=False)
         self._metric.reset()
 
     @staticmethod

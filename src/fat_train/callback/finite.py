@@ -53,8 +53,9 @@ class SkipNonFinite(Callback):
     With float16's loss scaling gradients that are not finite are a part of finding the scale: the scaler leaves those
     updates out itself, and they do not count here. A loss that is not finite does.
 
-    Before an epoch ends and before any checkpoint is written, all that is on its way is looked at, and so are the
-    weights and the validation loss. All ranks stop together, rank 0 tells.
+    Before an epoch ends and before any checkpoint is written, all that is on its way is looked at; at an epoch's end so
+    are the weights and the validation loss (within an epoch the writer of a checkpoint looks at its weights). All ranks
+    stop together, rank 0 tells.
 
     Args:
         max_skipped: most updates in a row that are left out; 0 stops at the first.
@@ -141,12 +142,17 @@ class SkipNonFinite(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let no epoch end over a fault: this hook runs before those that save."""
+        self.settle()
+        weights = [value for value in pl_module.state_dict().values() if value.is_floating_point()]
         val_loss = trainer.callback_metrics.get("val/loss")
-        self._refuse_spoilt("weights or validation loss", also=val_loss is not None and not torch.isfinite(val_loss))
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """No checkpoint holds weights that are not finite. A collective."""
-        self._refuse_spoilt("weights")
+        spoilt = not torch.stack(torch._foreach_norm(weights)).isfinite().all()
+        spoilt = spoilt or (val_loss is not None and not torch.isfinite(val_loss))
+        if not trainer.strategy.reduce_boolean_decision(spoilt, all=False):
+            return
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        skipped = f"; {self.in_all} updates were left out until here" if self.in_all else ""
+        what = f"weights or validation loss are no longer finite after update {trainer.global_step}"
+        self._raise(f"{what} (learning rate {rate:.4g}){skipped}")
 
     def settle(self) -> None:
         """Look at the update that is on its way, if one is.
@@ -174,18 +180,6 @@ class SkipNonFinite(Callback):
                 f"update {seen.number} left out: loss {loss:.4g}, gradient norm {norm:.4g}, learning rate "
                 f"{seen.rate:.3e} ({self.in_a_row} in a row, at most {self.max_skipped}; {self.in_all} in all{last})",
             )
-
-    def _refuse_spoilt(self, what: str, also: bool = False) -> None:
-        self.settle()
-        weights = [value for value in self._module.state_dict().values() if value.is_floating_point()]
-        spoilt = also or not torch.stack(torch._foreach_norm(weights)).isfinite().all()
-        if not self._trainer.strategy.reduce_boolean_decision(spoilt, all=False):
-            return
-        rate = self._trainer.optimizers[0].param_groups[0]["lr"]
-        skipped = f"; {self.in_all} updates were left out until here" if self.in_all else ""
-        self._raise(
-            f"{what} are no longer finite after update {self._trainer.global_step} (learning rate {rate:.4g}){skipped}"
-        )
 
     def _stop(self, seen: _Update, loss: float, norm: float) -> None:
         """Write down this update where it went wrong, and stop."""

@@ -25,7 +25,8 @@ class CsvFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._waiting = ""
+        self.waiting = ""
+        """Rows that the disk has refused."""
         self._warned = False
 
     def begin(self, last_step: int) -> list[Row]:
@@ -43,18 +44,18 @@ class CsvFile:
 
     def append(self, row: Row) -> None:
         """Write one row now; on a disk that refuses it, keep it for the next time."""
-        self._waiting += format_row(row)
+        self.waiting += format_row(row)
         size = self.path.stat().st_size
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(self._waiting)
+                file.write(self.waiting)
         except OSError as error:
             os.truncate(self.path, size)
             if not self._warned:
                 self._warned = True
                 warnings.warn(f"{self.path}: {error.strerror}; its rows wait until there is room again", stacklevel=2)
         else:
-            self._waiting = ""
+            self.waiting = ""
 
 
 class MetricsCsv(Callback):
@@ -63,7 +64,7 @@ class MetricsCsv(Callback):
     Columns: `fat_train.metric.record.COLUMNS`. `lr` is the rate that update number `step` used. A row's `train/loss` is
     the mean over its global batch, an epoch's the mean over its updates, both over all ranks. Numbers are written
     with all their bits. Resuming at update k drops the rows of later updates, so that each stands there once. `val/*`
-    come from `trainer.callback_metrics`, as they are when validation ends.
+    come from `trainer.callback_metrics`, as they are when validation ends. The loggers get these very rows.
 
     Args:
         path: the file; rank 0 writes it.
@@ -83,21 +84,26 @@ class MetricsCsv(Callback):
         self._already_there: set[tuple[str, bool]] = set()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the epoch's row needs of the part already done. A collective, as every rank's loss is in it."""
-        return {"epoch": self._meter.state_dict(), "lr": self._lr, "validation": self._validation}
+        """What the epoch's row needs of the part already done; every row up to here is on the disk then, or part of it.
+        A collective, as every rank's loss is in it."""
+        self._write_arrived(self._trainer, wait=True)
+        return {
+            "epoch": self._meter.state_dict(),
+            "lr": self._lr,
+            "validation": self._validation,
+            "waiting": self._file.waiting,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the epoch where the checkpoint left it."""
         self._meter.load_state_dict(state_dict["epoch"])
         self._lr = state_dict["lr"]
         self._validation = state_dict["validation"]
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Every row up to the checkpoint's update is on disk before it: a resumed run then misses none."""
-        self._write_arrived(trainer, wait=True)
+        self._file.waiting = state_dict["waiting"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The update at which this process begins is known: later rows are of a run that was cut off."""
+        self._trainer = trainer
         self._seen_updates = self._rate_updates = trainer.global_step
         self._meter.take_up(trainer.current_epoch)
         self._rate_train_s = self._meter.train_s
@@ -105,6 +111,8 @@ class MetricsCsv(Callback):
             kept = self._file.begin(last_step=trainer.global_step)
             # a checkpoint of an epoch's last update leads to the rows of that update a second time
             self._already_there = {(row["step"], is_epoch_row(row)) for row in kept}
+            for logger in trainer.loggers:
+                logger.log_metrics({}, step=trainer.global_step)  # the rows that are there now stand
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A new epoch's sums; an epoch taken up in its middle does not pass here."""
@@ -181,3 +189,5 @@ class MetricsCsv(Callback):
         row = {name: row.get(name, "") for name in COLUMNS}
         if trainer.is_global_zero and (row["step"], is_epoch_row(row)) not in self._already_there:
             self._file.append(row)
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=int(values["step"]))

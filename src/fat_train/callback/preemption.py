@@ -101,7 +101,10 @@ class LeaveRequest:
         """Exit status of a process that leaves for this reason."""
         return EXIT_INTERRUPTED if self._signal == signal.SIGINT else EXIT_UNFINISHED
 
-    @property
-    def wants_requeue(self) -> bool:
-        """Whether the job should come again by itself: not where a person pressed a key."""
-        return self.config.requeue and self._signal != signal.SIGINT
+    def requeue(self) -> str:
+        """Put the job into the queue again, unless a person pressed a key or there is none; returns what to say."""
+        job = this_job()
+        if job is None or not self.config.requeue or self._signal == signal.SIGINT:
+            return ""
+        why_not = job.requeue()
+        return f"not requeued   {why_not}" if why_not else f"job {job.id:<11}is in the queue again"

@@ -29,9 +29,9 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield beside
-        _sync(beside)
+        sync(beside)
         beside.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -95,7 +95,7 @@ def link_or_copy(source: Path, name: Path) -> None:
             os.link(source, beside)
         except OSError:
             shutil.copyfile(source, beside)
-            _sync(beside)
+            sync(beside)
         beside.replace(name)
     finally:
         beside.unlink(missing_ok=True)
@@ -113,7 +113,8 @@ def tensors_of(tree: Any) -> Iterator[Tensor]:
             yield from tensors_of(branch)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when the disk has all of a file, or of a folder's names."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

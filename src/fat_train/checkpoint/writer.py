@@ -8,7 +8,7 @@ next forward and backward pass run, and only the step after waits for it. Then t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
@@ -19,8 +19,12 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from fat_train.checkpoint.io import link_or_copy, replacing, tensors_of, write_checkpoint
+from fat_train.checkpoint.io import link_or_copy, replacing, sync, write_checkpoint
 from fat_train.threads import torch_threads
+
+CPU = torch.device("cpu")
+STATE_DICTS = ("state_dict", "ema")
+OPTIMIZERS = "optimizer_states"
 
 
 @dataclass(frozen=True)
@@ -29,19 +33,24 @@ class WriteOrder:
 
     also_as: tuple[Path, ...] = ()
     """Further names of the same file, given before its own."""
+    after: tuple[Path, ...] = ()
+    """Files whose bytes are to be on the disk before it has a name: those that it relies on."""
     keep_former_as: Path | None = None
     """Name for the file that the new one replaces."""
     then_delete: tuple[Path, ...] = ()
     """Files that are not wanted once the new one is there."""
-    still: frozenset[int] = frozenset()
-    """Addresses (`Tensor.data_ptr`) of tensors that stay as they are until the next optimiser step."""
+    buffers: frozenset[str] | None = None
+    """Names of what a forward pass changes in the state dicts of model and average; all other tensors there, and all of
+    the optimiser's, stay as they are until its next step. None knows of nothing that stays."""
+    device: torch.device = CPU
+    """Where those tensors are."""
 
 
 class BackgroundCheckpointIO(TorchCheckpointIO):
     """Lightning's door to the disk. At every moment each name holds a whole file, old or new.
 
-    A write that fails (full disk, lost folder) changes nothing on the disk and raises nothing: `take_failure` tells, so
-    that the run may go on and try again.
+    A write that fails (full disk, lost folder, weights that are not finite) changes nothing on the disk and raises
+    nothing: `take_failure` tells, so that the run may go on and try again.
     """
 
     def __init__(self) -> None:
@@ -51,7 +60,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         self._copied.set()
         self._copied_on_device: torch.cuda.Event | None = None
         self._is_copied_for_training = True
-        self._failure: tuple[Path, OSError] | None = None
+        self._failure: tuple[Path, str] | None = None
 
     @property
     def is_writing(self) -> bool:
@@ -69,7 +78,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         order = storage_options or WriteOrder()
         assert isinstance(order, WriteOrder)
         self.flush()
-        copies = _Copies(checkpoint, order.still)
+        copies = _Copies(checkpoint, order)
         self._copied.clear()
         self._is_copied_for_training = False
         if self._thread is None:
@@ -90,8 +99,8 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
             self._writing.result()
             self._writing = None
 
-    def take_failure(self) -> tuple[Path, OSError] | None:
-        """The newest write that failed since the last question, if any."""
+    def take_failure(self) -> tuple[Path, str] | None:
+        """The newest checkpoint that could not be written since the last question, and why; None if all could."""
         failure, self._failure = self._failure, None
         return failure
 
@@ -109,9 +118,14 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
             finally:
                 self._copied.set()
             checkpoint = copies.finish()
+            if not _is_finite(checkpoint.get("state_dict", {})):
+                self._failure = (path, "its weights are no longer finite")
+                return
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as beside:
                 write_checkpoint(checkpoint, beside)
+                for file in filter(Path.exists, order.after):
+                    sync(file)
                 for name in order.also_as:
                     link_or_copy(beside, name)
                 if order.keep_former_as is not None and path.exists():
@@ -119,28 +133,30 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
             for name in order.then_delete:
                 name.unlink(missing_ok=True)
         except OSError as error:
-            self._failure = (path, error)
+            self._failure = (path, error.strerror or str(error))
 
 
 class _Copies:
     """A checkpoint whose tensors are copied in two goes: the changeable ones now, the others by `begin`."""
 
-    def __init__(self, checkpoint: dict[str, Any], still: frozenset[int]) -> None:
-        device = next((tensor.device for tensor in tensors_of(checkpoint) if tensor.is_cuda), None)
-        self._tree = _mapped(
-            checkpoint, lambda tensor: tensor.detach() if tensor.data_ptr() in still else tensor.detach().clone()
-        )
-        self._still = still
-        self._stream = torch.cuda.Stream(device) if device is not None else None
-        self._given = torch.cuda.current_stream(device).record_event() if device is not None else None
+    def __init__(self, checkpoint: dict[str, Any], order: WriteOrder) -> None:
+        self._tree = {key: self._now(key, branch, order.buffers) for key, branch in checkpoint.items()}
+        on_gpu = order.device.type == "cuda"
+        self._stream = torch.cuda.Stream(order.device) if on_gpu else None
+        self._given = torch.cuda.current_stream(order.device).record_event() if on_gpu else None
+
+    def _now(self, key: str, branch: Any, buffers: frozenset[str] | None) -> Any:
+        if buffers is not None and key == OPTIMIZERS:
+            return branch
+        if buffers is not None and key in STATE_DICTS:
+            return _mapped(branch, lambda tensor, name: tensor.clone() if name in buffers else tensor)
+        return _mapped(branch, lambda tensor, _: tensor.detach().clone())
 
     def begin(self) -> torch.cuda.Event | None:
         """Copy; on a GPU only queue the copies, in a stream of their own that waits for what had been queued when the
         checkpoint was made, and return the event of their end."""
         if self._stream is None:
-            self._tree = _mapped(
-                self._tree, lambda tensor: tensor.clone() if tensor.data_ptr() in self._still else tensor.cpu()
-            )
+            self._tree = _mapped(self._tree, lambda tensor, _: tensor.to(CPU, copy=True))
             return None
         assert self._given is not None
         with torch.cuda.stream(self._stream):
@@ -155,24 +171,26 @@ class _Copies:
         return self._tree
 
 
-def _to_pinned(tensor: Tensor) -> Tensor:
+def _is_finite(state: Mapping[str, Tensor]) -> bool:
+    values = [value for value in state.values() if value.is_floating_point()]
+    return not values or bool(torch.stack(torch._foreach_norm(values)).isfinite().all())
+
+
+def _to_pinned(tensor: Tensor, _: str) -> Tensor:
     if not tensor.is_cuda:
         return tensor.clone()
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _mapped(tree: Any, change: Callable[[Tensor, str], Tensor], name: str = "") -> Any:
+    """Nested containers with each tensor replaced by what `change` makes of it and of its key."""
     if isinstance(tree, Tensor):
-        return change(tree)
+        return change(tree, name)
     if isinstance(tree, dict):
         new = copy(tree)  # state dicts have attributes beside their items
-        new.update((key, _mapped(branch, change)) for key, branch in tree.items())
+        for key, branch in tree.items():
+            new[key] = _mapped(branch, change, key)
         return new
     if isinstance(tree, list | tuple):
-        return type(tree)(_mapped(branch, change) for branch in tree)
+        return type(tree)([_mapped(branch, change) for branch in tree])
     return tree
-
-
-def addresses(tensors: Iterable[Tensor]) -> frozenset[int]:
-    """For `WriteOrder.still`."""
-    return frozenset(tensor.data_ptr() for tensor in tensors)

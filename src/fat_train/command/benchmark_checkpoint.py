@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 
 from fat_train.benchmark.checkpoint import BlockClock, Seconds, TimedCheckpoints, TimedIO, lines_of
-from fat_train.callback.ema import EMA
+from fat_train.callback.checkpoint import Checkpoints
 from fat_train.callback.preemption import LeaveRequest
 from fat_train.checkpoint.io import write_atomically
 from fat_train.checkpoint.run_folder import RunFolder
@@ -103,14 +103,22 @@ def _train(
             request=request,
         )
         saver.seconds = seconds
-        average = [EMA(config.callback.ema.decay)] if config.callback.ema.decay else []
+        beside = config.callback.build(
+            folder=folder,
+            request=request,
+            images_per_update=plan.global_batch,
+            steps_per_epoch=plan.steps_per_epoch,
+            epochs=1,
+            log_every_n_steps=config.trainer.log_every_n_steps,
+            val_every_n_epochs=1,
+        )
         trainer = build_trainer(
             config.trainer,
             folder=folder.root,
             epochs=1,
             accumulate=plan.accumulate,
             clip_grad_norm=config.optim.clip_grad_norm,
-            callbacks=[*average, BlockClock(seconds, every), saver],
+            callbacks=[*(one for one in beside if not isinstance(one, Checkpoints)), BlockClock(seconds, every), saver],
             loggers=[],
             max_batches=updates * plan.accumulate,
             max_val_batches=0,

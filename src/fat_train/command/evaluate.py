@@ -120,7 +120,8 @@ def _evaluate(kind: str, checkpoint: Path, config: RunConfig, source: DataSource
         config.data, source, config.augment, plan=None, batch_per_device=batch_size, seed=config.run.seed
     )
     with torch.inference_mode():
-        (result,) = trainer.validate(ValidationModule(task), datamodule=loaders, verbose=False)
+        trainer.validate(ValidationModule(task), datamodule=loaders, verbose=False)
+    result = {name: value.item() for name, value in trainer.callback_metrics.items()}
     count = round(result["val/count"])
     say(
         f"{kind:<15}top-1 {result['val/top1']:.3f} %   top-5 {result['val/top5']:.3f} %   "

@@ -13,14 +13,14 @@ from fat_train.callback.checkpoint import delete_dropped
 from fat_train.callback.preemption import LeaveRequest
 from fat_train.checkpoint.provenance import provenance
 from fat_train.checkpoint.run_folder import RunFolder, StartingPoint
-from fat_train.cluster.slurm import this_job
 from fat_train.command.assemble import build_training, device_of, open_run, plan_of
 from fat_train.command.resume import Resumed, check_start, fingerprints
-from fat_train.command.say import is_rank_zero, say, this_python
+from fat_train.command.say import complain, is_rank_zero, say, this_python
 from fat_train.config.run import RunConfig, plain
 from fat_train.data.datamodule import DataSource, SyntheticDataConfig, choose_backend
 from fat_train.report.table import REPORT_FILE, write_report
 from fat_train.trainer.build import build_trainer
+from fat_train.trainer.lost_rank import lost_rank
 from fat_train.trainer.plan import RunPlan
 from fat_train.types import UnfinishedRunError
 
@@ -68,7 +68,9 @@ def _fit(
 ) -> None:
     """Lightning's training, and what its ends mean."""
     pl.seed_everything(config.run.seed, verbose=False)
-    module, loaders = build_training(config, source, plan, _provenance(values, config, source, plan))
+    wandb_id = config.logger.wandb_id(folder.root, start and start.path) if is_rank_zero() else None
+    about = _provenance(values, config, source, plan) | {"wandb_id": wandb_id}
+    module, loaders = build_training(config, source, plan, about)
     trainer = build_trainer(
         config.trainer,
         folder=folder.root,
@@ -84,7 +86,7 @@ def _fit(
             log_every_n_steps=config.trainer.log_every_n_steps,
             val_every_n_epochs=config.trainer.val_every_n_epochs,
         ),
-        loggers=config.logger.build(folder.root, config.name, values) if is_rank_zero() else [],
+        loggers=config.logger.build(folder.root, config.name, values, wandb_id) if is_rank_zero() else [],
         max_batches=plan.steps_per_epoch * plan.accumulate,
         max_val_batches=config.debug.max_val_batches or None,
         profile=config.debug.profile,
@@ -95,17 +97,11 @@ def _fit(
         kept = f"goes on from {folder.last}" if folder.last.exists() else "starts again: nothing was saved yet"
         say(f"interrupted    the same command {kept}")
         raise KeyboardInterrupt from stop
-    except UnfinishedRunError:
-        if is_rank_zero() and request.wants_requeue:
-            _requeue()
-        raise
-
-
-def _requeue() -> None:
-    job = this_job()
-    if job is not None:
-        why_not = job.requeue()
-        say(f"job {job.id:<11}{f'is not requeued: {why_not}' if why_not else 'is in the queue again'}")
+    except RuntimeError as error:
+        if (lost := lost_rank(error)) is None:
+            raise
+        complain(f"{lost}\nWhen all processes have ended, the same commands go on from the last checkpoint")
+        raise UnfinishedRunError(lost, status=1) from error
 
 
 def _provenance(values: dict[str, Any], config: RunConfig, source: DataSource, plan: RunPlan) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytorch_lightning
@@ -21,6 +22,8 @@ from fat_train.trainer.quiet import silence
 from fat_train.types import UserError, one_of
 
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
+PATIENCE = timedelta(hours=6)
+"""For a rank that is late; `callback.guard.hang_minutes` is shorter, and tells where it hangs."""
 PRECISIONS = {"32": "32-true", "bf16-mixed": "bf16-mixed", "16-mixed": "16-mixed"}
 
 
@@ -169,4 +172,6 @@ def _cluster() -> list[SLURMEnvironment]:
 
 
 def _strategy(config: TrainerConfig) -> Strategy | str:
-    return "auto" if config.devices * config.num_nodes == 1 else DDPStrategy(gradient_as_bucket_view=True)
+    if config.devices * config.num_nodes == 1:
+        return "auto"
+    return DDPStrategy(gradient_as_bucket_view=True, timeout=PATIENCE)

@@ -41,9 +41,10 @@ class ValidationModule(LightningModule):
         self.val_loss_sum.update(out.loss * len(out.targets))
 
     def on_validation_epoch_end(self) -> None:
-        """Sum the counts over the ranks; every rank logs the same numbers."""
+        """Sum the counts over the ranks; every rank has the same numbers."""
         values = {f"val/{name}": value.float() for name, value in self.val_metric.compute().items()}
-        self.log_dict(values | {"val/loss": self.val_loss_sum.compute() / values["val/count"]})
+        # for callbacks; loggers get the rows of metrics.csv
+        self.log_dict(values | {"val/loss": self.val_loss_sum.compute() / values["val/count"]}, logger=False)
         self.val_metric.reset()
         self.val_loss_sum.reset()
 
@@ -129,8 +130,6 @@ class TrainingModule(ValidationModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one micro-batch; Lightning divides it by the accumulation."""
         out = self.task.train_step(batch, self.step_key(batch_idx))
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        self.log("train/loss", out.loss.detach())
         return out.loss
 
     def configure_gradient_clipping(
