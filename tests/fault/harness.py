@@ -29,8 +29,8 @@ LIFE_AT_MOST_S = 400
 OTHERS_END_WITHIN_S = 20
 TIMES = ("images_per_s", "epoch_s")
 """Columns of metrics.csv that tell of the machine, not of the run."""
-NOT_OF_THE_RUN = ("elapsed_s", "paused_s", "config", "loops")
-"""Keys of checkpoints that hold times, the words of the newest start, or Lightning's counters, which nothing reads."""
+NOT_OF_THE_RUN = ("elapsed_s", "paused_s", "config", "git", "loops")
+"""Keys of checkpoints that hold times, the newest start's words and checkout, or Lightning's counters (never read)."""
 
 
 @dataclass(frozen=True)
