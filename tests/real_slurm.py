@@ -125,7 +125,7 @@ def slurm() -> Iterator[Slurm]:
         cluster = Slurm({**inherited, "PATH": path, "SLURM_CONF": str(folder / "slurm.conf")}, folder)
         stack.callback(_end_all, folder)
         _start(cluster, stack)
-        stack.callback(_cancel_all, cluster)
+        stack.callback(cancel_all, cluster)
         yield cluster
 
 
@@ -173,7 +173,7 @@ def _idle(cluster: Slurm) -> str:
     return done.stdout if done.stdout.strip() == f"idle {NODES}" else ""
 
 
-def _cancel_all(cluster: Slurm) -> None:
+def cancel_all(cluster: Slurm) -> None:
     """Nicely first: Slurm ends the jobs and their steps."""
     with suppress(AssertionError, subprocess.SubprocessError):
         for job in cluster.ask("squeue", "-h", "-o", "%A").split():

@@ -62,7 +62,9 @@ def test_resuming_with_another_holdout_is_refused(words: list[str], capsys: pyte
 
 def test_resuming_with_many_more_images_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "schedule.epochs=2"]) == 2
-    assert "was trained with 4 updates an epoch; this configuration has 45 (1442 images" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "was trained with 4 updates an epoch and trainer.global_batch=" in said
+    assert "this configuration has 45 (1442 images" in said
 
 
 def test_resuming_with_other_lists_of_the_same_length_is_told(

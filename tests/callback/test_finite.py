@@ -232,7 +232,9 @@ def test_no_checkpoint_within_an_epoch_holds_weights_that_are_not_finite(
     saver = SpoilAndSave(tmp_path / "spoilt.ckpt")
     monkeypatch.setattr(CallbackConfig, "build", lambda self, **given: [*build(self, **given), saver])
     assert main([*tiny, f"folder={tmp_path}", "schedule.epochs=1"]) == 2
-    assert "weights are no longer finite after update 2" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert f"could not save {saver.path}: its weights are no longer finite" in said.out
+    assert "no longer finite after update 4" in said.err
     assert not saver.path.exists()
 
 

@@ -52,8 +52,9 @@ def check_start(
     before = (about.get("steps_per_epoch"), about["config"]["trainer"]["global_batch"])
     if before != (plan.steps_per_epoch, plan.global_batch):
         raise UserError(
-            f"{path} was trained with {before[0]} updates an epoch of {before[1]} images; this configuration has "
-            f"{plan.steps_per_epoch} ({plan.train_images} images, trainer.global_batch={plan.global_batch}). {WAYS_OUT}"
+            f"{path} was trained with {before[0]} updates an epoch and trainer.global_batch={before[1]}; this "
+            f"configuration has {plan.steps_per_epoch} ({plan.train_images} images, "
+            f"trainer.global_batch={plan.global_batch}). {WAYS_OUT}"
         )
     notes = [*start.notes, *_other_lists(path, about.get("data", {}), source)]
     if (about["world_size"], about["accumulate"]) != (plan.world_size, plan.accumulate):

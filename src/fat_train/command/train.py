@@ -40,6 +40,7 @@ def run(tree: DictConfig) -> None:
     start = folder.starting_point(config.run.resume, config.run.overwrite or not is_rank_zero())
     resumed = None if start is None else check_start(start, config, source, plan, values)
     if resumed is not None and resumed.position.epoch_ended and resumed.position.updates >= plan.total_steps:
+        _tell_notes(resumed)
         say(_finished(config, folder, resumed, plan))
         return
     with ExitStack() as stack:
@@ -136,10 +137,14 @@ def _announce(
     if resumed is None:
         return
     say(f"resuming       from {resumed.path}, at update {resumed.position.updates}")
-    for note in resumed.notes:
-        say("warning        " + note.replace("\n", "\n" + " " * 15))
+    _tell_notes(resumed)
     for line in folder.config_diff(values):
         say(f"  changed      {line}")
+
+
+def _tell_notes(resumed: Resumed) -> None:
+    for note in resumed.notes:
+        say("warning        " + note.replace("\n", "\n" + " " * 15))
 
 
 def _finished(config: RunConfig, folder: RunFolder, resumed: Resumed, plan: RunPlan) -> str:
