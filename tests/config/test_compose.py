@@ -95,3 +95,9 @@ def test_a_users_own_folder_of_yamls_joins_the_choices(tmp_path: Path) -> None:
     assert compose("train", ["experiment=mine"], extra_dir=tmp_path).seed == 7
     with pytest.raises(UserError, match="experiment=mine: no such choice"):
         compose("train", ["experiment=mine"])
+
+
+@pytest.mark.parametrize("word", ["hydra/launcher=submitit_slurm", "hydra.run.dir=x", "+hydra.job.name=y"])
+def test_words_for_hydras_own_machinery_are_refused_with_what_does_it_here(word: str) -> None:
+    with pytest.raises(UserError, match="its launchers, sweepers and folders are not used"):
+        compose("train", [word])

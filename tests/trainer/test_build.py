@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from fat_train.trainer.build import TrainerConfig, available_cores
+from fat_train.trainer.build import TrainerConfig, available_cores, build_trainer
 from fat_train.types import UserError
 
 
@@ -40,3 +42,17 @@ def test_loss_scaling_on_the_cpu_is_refused_with_what_works() -> None:
 def test_impossible_settings_are_refused_by_name(settings: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):
         TrainerConfig(**settings)
+
+
+def test_no_rank_is_asked_for_signals_before_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Lightning from 2.5.2 on does before every batch of several processes, called by its name there."""
+    asked: list[object] = []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *words, **named: asked.append((words, named)))
+    config = TrainerConfig(accelerator="cpu")
+    words = {"epochs": 1, "accumulate": 1, "clip_grad_norm": 0.0, "callbacks": [], "loggers": []}
+    loop = build_trainer(config, folder=tmp_path, **words).fit_loop.epoch_loop  # type: ignore[arg-type]
+    if hasattr(loop, "_broadcast_sigterm_tensor"):
+        loop._broadcast_sigterm_tensor()
+        assert asked == []
+        type(loop)._broadcast_sigterm_tensor(loop)
+        assert len(asked) == 1, "Lightning's own asks, or there was nothing to turn off"

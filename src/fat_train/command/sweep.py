@@ -140,8 +140,10 @@ class _Run:
             saved = read_checkpoint(folder.last)
         except UserError:
             return False
-        same = saved.get("fat_train", {}).get("steps_per_epoch") == self.plan.steps_per_epoch
-        return same and saved["global_step"] >= self.plan.total_steps
+        about = saved.get("fat_train", {})
+        updates, epoch_ended = about.get("position", (0, False))  # a run may have left in its very last validation
+        same = about.get("steps_per_epoch") == self.plan.steps_per_epoch
+        return same and epoch_ended and updates >= self.plan.total_steps
 
 
 def _train_all(runs: list[_Run], extra_dir: Path | None, relay: Relay, states: dict[str, str]) -> int:

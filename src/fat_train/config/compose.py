@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -98,13 +99,18 @@ def parse_words(words: Sequence[str], sweep: bool = False) -> list[Override]:
 def _as_hydra_wants(override: Override, choices: dict[str, list[str]]) -> str:
     key, line = override.key_or_group, override.input_line
     assert line is not None
+    if re.match(r"hydra\b", key):
+        raise UserError(
+            f"{line}: Hydra only composes the configuration here, its launchers, sweepers and folders are not used. "
+            "A sweep is -m, a SLURM job is submit (docs/slurm.md), a run's folder is folder= and name="
+        )
     if override.is_sweep_override():
         raise UserError(
             f"{line}: several values make several runs, and one command trains one. "
             f"Quote a list as {key}=[a,b]; -m runs one training per value"
         )
     if key not in choices or override.is_delete():
-        return line if line[0] in "+~" or key.startswith("hydra") else f"++{line}"
+        return line if line[0] in "+~" else f"++{line}"
     value = override.value()
     if value is None and key in OPTIONAL_GROUPS:
         return line
