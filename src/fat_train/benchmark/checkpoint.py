@@ -47,8 +47,8 @@ class Seconds:
 
     @property
     def cost(self) -> float:
-        """How much longer the median block is for its save, as a share."""
-        return float(np.median(self.with_save) / np.median(self.without_save)) - 1
+        """How much longer a block is for its save than the one before it, as a share: the median over all pairs."""
+        return float(np.median(np.array(self.with_save) / np.array(self.without_save))) - 1
 
 
 class TimedIO(BackgroundCheckpointIO):
@@ -142,7 +142,7 @@ def lines_of(seconds: Seconds, every: int, size_mb: float) -> list[str]:
     handing, waiting = (1000 * float(np.median(values or [0.0])) for values in (seconds.handing_over, seconds.waiting))
     weights, everything = (1000 * float(np.median(values)) for values in (seconds.copy_weights, seconds.copy_all))
     block = float(np.median(seconds.without_save))
-    spread = np.quantile(np.array(seconds.without_save) / block - 1, [0.25, 0.75])
+    pairs = np.quantile(np.array(seconds.with_save) / np.array(seconds.without_save) - 1, [0.25, 0.75])
     return [
         f"pause          {1000 * seconds.pause:.1f} ms a save: {handing:.1f} to hand over, {waiting:.1f} of waiting "
         f"before the next optimiser step ({seconds.pause / (block / every):.1%} of an update)",
@@ -150,8 +150,8 @@ def lines_of(seconds: Seconds, every: int, size_mb: float) -> list[str]:
         f"{1000 * seconds.pause / weights:.2f} and {1000 * seconds.pause / everything:.2f} of that",
         f"background     {1000 * float(np.median(seconds.background)):.0f} ms until {size_mb:.1f} MB are on the disk",
         f"cost           {seconds.cost:+.1%} of the time of {every} updates for a checkpoint every {every} "
-        f"({len(seconds.with_save)} blocks with, {len(seconds.without_save)} without, in turns; half of the latter lie "
-        f"between {spread[0]:+.1%} and {spread[1]:+.1%})",
+        f"(median of {len(seconds.with_save)} pairs of blocks without and with one, in turns; half of them lie between "
+        f"{pairs[0]:+.1%} and {pairs[1]:+.1%})",
     ]
 
 
