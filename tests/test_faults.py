@@ -177,7 +177,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     words = [*DIGITS, *WITHIN_EPOCHS]
     theirs = unbroken(words)
     ours = Training([*words, *first], tmp_path)
-    assert ours.live(At("backward", 9)).checkpoint == 8
+    assert ours.live(At("backward", 9)).checkpoint in (6, 8)  # that of update 8 may still be on its way
     ours.words = [*words, *then]
     life = ours.finish()
     assert "The weights will not be equal to the bit" in life.said

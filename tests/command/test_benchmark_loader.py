@@ -24,7 +24,7 @@ def test_every_contestant_has_a_rate_for_the_same_files(
         "data.eval_resize_px=36",
         f"out={out}",
     ]
-    words += ["rounds=2", "seconds=0.2", "batch_size=8", "workers=1"]
+    words += ["rounds=2", "seconds=0.2", "batch_size=8", "workers=1", "recipes=[crop,full,eval]"]
     assert main(["benchmark", "loader", *words]) == 0
     printed = capsys.readouterr().out
     assert "1 cores feed" in printed
