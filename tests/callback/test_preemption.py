@@ -61,6 +61,18 @@ def test_a_job_knows_its_time_limit_without_any_signal(monkeypatch: pytest.Monke
         assert request.why == "the time limit of job 77 is near"
 
 
+def test_a_job_shorter_than_the_margin_works_for_half_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would leave at once else, be requeued, and leave again, for ever."""
+    now = float(int(time.time()))
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(now + 60)))
+    with LeaveRequest(PreemptionConfig(margin_s=120), clock=lambda: now) as request:
+        now += 29
+        assert request.why == ""
+        now += 1
+        assert request.why == "the time limit of job 77 is near"
+
+
 @pytest.mark.parametrize("name", ["margin_s", "max_hours"])
 def test_negative_numbers_are_refused_by_name(name: str) -> None:
     with pytest.raises(UserError, match=rf"callback\.preemption\.{name} must not be negative"):

@@ -25,8 +25,8 @@ class PreemptionConfig:
     """When a run saves and leaves before its end, and whether its job is put into the queue again."""
 
     margin_s: float = 120.0
-    """Leave so many seconds before the job's time limit, as SLURM tells it, or before `max_hours`; slow updates or a
-    slow disk need more."""
+    """Leave so many seconds before the job's time limit, as SLURM tells it, or before `max_hours`, at most half of what
+    is left at the start; slow updates or a slow disk need more."""
     max_hours: float = 0.0
     """Leave when the process has run this long; 0 knows no such limit."""
     requeue: bool = True
@@ -58,10 +58,10 @@ class LeaveRequest:
     def __enter__(self) -> LeaveRequest:
         job = this_job()
         if job is not None and job.end_time is not None:
-            self._ends.append((job.end_time - self.config.margin_s, f"the time limit of job {job.id} is near"))
+            self._leave_before(job.end_time, f"the time limit of job {job.id} is near")
         if self.config.max_hours:
-            end = self._clock() + self.config.max_hours * 3600 - self.config.margin_s
-            self._ends.append((end, f"callback.preemption.max_hours={self.config.max_hours:g} are over"))
+            end = self._clock() + self.config.max_hours * 3600
+            self._leave_before(end, f"callback.preemption.max_hours={self.config.max_hours:g} are over")
         self._listen(PREEMPTING)
         return self
 
@@ -70,6 +70,11 @@ class LeaveRequest:
     ) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
+
+    def _leave_before(self, end: float, why: str) -> None:
+        # Half of a time that is shorter is for work: else a job would be requeued for ever, and do none.
+        margin_s = min(self.config.margin_s, (end - self._clock()) / 2)
+        self._ends.append((end - margin_s, why))
 
     def listen_while_training(self) -> None:
         """Take over Ctrl-C, and from Lightning what it took when `fit` began: its handlers do things of their own."""
