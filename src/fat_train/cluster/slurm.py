@@ -11,6 +11,8 @@ from datetime import datetime
 
 TIMEOUT_S = 10
 """Seconds that a program of Slurm is given; its controller may be busy, and a run that must leave cannot wait."""
+TRIES = 3
+"""Slurm's signals reach all processes of a job: also the program that asks for it, which they end."""
 RUNNING = ("RUNNING", "SIGNALING", "STAGE_OUT")
 """What a job shows whose processes live and that nobody has ended; SIGNALING while `--signal` is delivered."""
 
@@ -87,9 +89,12 @@ def _ask(*command: str) -> _Answer:
     # Times by the format that is read below, whatever the user's own.
     environ = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False, env=environ
-        )
+        for _ in range(TRIES):
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False, env=environ
+            )
+            if done.returncode >= 0:
+                break
     except FileNotFoundError:
         return _Answer(False, f"{command[0]} is not installed here")
     except subprocess.TimeoutExpired:
