@@ -87,10 +87,11 @@ def test_fasa_is_equations_6_to_11(gate):
 def test_the_papers_gate_multiplies_by_the_last_factor_of_equation_11():
     fasa = randomise(FASA(width=4, num_heads=2, kernel_size=3, kv_reduction=1, gate="released"))
     fasa.mixer = nn.Identity()
-    local, global_ = random_map(4, 3, 3), random_map(4, 3, 3).flip(0)
-    released = fasa.interact(local, global_)
+    q_prime, global_ = random_map(4, 3, 3), random_map(4, 3, 3).flip(0)
+    released = fasa.interact(q_prime, global_)
     fasa.gate = "paper"
-    torch.testing.assert_close(fasa.interact(local, global_), released * sigmoid(local))
+    local = q_prime * sigmoid(q_prime)
+    torch.testing.assert_close(fasa.interact(q_prime, global_), released * sigmoid(local))
 
 
 @pytest.mark.parametrize("stride", [1, 2])

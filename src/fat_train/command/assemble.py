@@ -15,6 +15,7 @@ from fat_train.config.resolve import resolve
 from fat_train.config.run import Problems, RunConfig, resolve_run
 from fat_train.data.datamodule import DataSource, choose_backend, open_data
 from fat_train.data.index import FileIndex
+from fat_train.op.choice import use
 from fat_train.task.classification import Classification
 from fat_train.trainer.build import TrainerConfig
 from fat_train.trainer.loaders import RunLoaders
@@ -39,6 +40,7 @@ def open_run(values: Mapping[str, Any]) -> tuple[RunConfig, DataSource]:
     problems.raise_if_any()
     assert config is not None
     problems.catch(config.trainer.refuse_impossible)
+    problems.catch(lambda: config.op.refuse_impossible(device_of(config).type))
     source = problems.catch(lambda: open_data(config.data))
     problems.catch(lambda: choose_backend(config.data.backend, device_of(config), config.data.decode))
     problems.raise_if_any()
@@ -95,7 +97,9 @@ def plan_of(config: RunConfig, source: DataSource) -> RunPlan:
 
 
 def build_task(config: RunConfig, num_classes: int) -> Classification:
-    """Model, loss and augmentation as one task; the model in its memory format, on the CPU."""
+    """Model, loss and augmentation as one task; the model in its memory format, on the CPU. From here on this process
+    computes the operations as `op` says."""
+    use(config.op)
     model = config.model.build(num_classes=num_classes)
     if config.trainer.channels_last:
         model = model.to(memory_format=torch.channels_last)

@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fat_train.checkpoint.weights import apply_state_dict, read_checkpoint, read_state_dict
-from fat_train.command.assemble import build_task, refuse_idle_ranks
+from fat_train.command.assemble import build_task, device_of, refuse_idle_ranks
 from fat_train.command.say import say
 from fat_train.config.resolve import refuse_unknown, resolve
 from fat_train.config.run import GROUPS, Problems, RunConfig, plain, resolve_run
@@ -81,10 +81,13 @@ def _open(values: dict[str, Any], about: dict[str, Any]) -> tuple[RunConfig, Dat
     data = given if "_target_" in given else OmegaConf.to_container(OmegaConf.merge(saved["data"], given))
     refuse_unknown(values, (*EvaluateSettings.__dataclass_fields__, "data", "trainer"), where="")
     problems = Problems()
-    config = resolve_run({**saved, "data": data, "trainer": values["trainer"], "debug": {}}, problems)
+    config = resolve_run(
+        {**saved, "data": data, "trainer": values["trainer"], "op": values["op"], "debug": {}}, problems
+    )
     problems.raise_if_any()
     assert config is not None
     problems.catch(config.trainer.refuse_impossible)
+    problems.catch(lambda: config.op.refuse_impossible(device_of(config).type))
     source = problems.catch(config.data.open_val)
     problems.raise_if_any()
     assert source is not None

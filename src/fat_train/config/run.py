@@ -18,13 +18,27 @@ from fat_train.data.datamodule import DigitsDataConfig, FolderDataConfig, Synthe
 from fat_train.logger.build import LoggerConfig
 from fat_train.loss.cross_entropy import CrossEntropyConfig
 from fat_train.model.backbone import Backbone
+from fat_train.op.choice import OpConfig
 from fat_train.optim.adamw import AdamWConfig
 from fat_train.schedule.cosine import CosineConfig
 from fat_train.task.classification import ClassificationConfig
 from fat_train.trainer.build import TrainerConfig
 from fat_train.types import UserError, one_of
 
-GROUPS = ("model", "data", "augment", "loss", "optim", "schedule", "task", "callback", "logger", "trainer", "debug")
+GROUPS = (
+    "model",
+    "data",
+    "augment",
+    "loss",
+    "optim",
+    "schedule",
+    "task",
+    "callback",
+    "logger",
+    "trainer",
+    "op",
+    "debug",
+)
 RESUME = ("auto", "never")
 T = TypeVar("T")
 
@@ -99,6 +113,7 @@ class RunConfig:
     callback: CallbackConfig
     logger: LoggerConfig
     trainer: TrainerConfig
+    op: OpConfig
     debug: DebugConfig
 
     @property
@@ -158,7 +173,7 @@ def resolve_run(values: Mapping[str, Any], problems: Problems) -> RunConfig | No
     """Type and check a plain tree; None where something was wrong, which `problems` then holds."""
     settings = [field.name for field in dataclasses.fields(RunSettings)]
     problems.catch(lambda: refuse_unknown(values, (*settings, *GROUPS, "experiment"), where=""))
-    classes = {"debug": DebugConfig}
+    classes = {"op": OpConfig, "debug": DebugConfig}
     resolved: dict[str, Any] = {
         group: problems.catch(lambda group=group: resolve(values.get(group, {}), classes.get(group), where=group))  # type: ignore[misc]
         for group in GROUPS

@@ -1,7 +1,7 @@
 """FAT, the Fully Adaptive Transformer (Fan et al., "Lightweight Vision Transformer with Bidirectional Interaction").
 
 Module names are those of the authors' code, so that its checkpoints load as they are. "LN" of the paper is everywhere
-`GroupNorm(1, C)`: mean and variance over C, H and W of one image together.
+`GroupNorm(1, C)`, mean and variance over C, H and W of one image together, where the paper writes LN without more.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from jaxtyping import Float
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from fat_train.layer.conv import DepthwiseConv2d, PointwiseConv2d
+from fat_train.layer.norm import WholeMapNorm
 from fat_train.model.backbone import Backbone, Stage, StageOutput
+from fat_train.op.attention import attention
+from fat_train.op.interaction import interaction
 from fat_train.types import UserError
 
 GATES = ("released", "paper")
@@ -79,19 +83,6 @@ class FATConfig:
         return FAT(self, num_classes=num_classes, in_chans=in_chans)
 
 
-def layer_norm(channels: int) -> nn.GroupNorm:
-    """LN of Eq. 1.
-
-    Deviates from the paper: the released code writes one group over C, H and W where the paper writes LN.
-    """
-    return nn.GroupNorm(1, channels)
-
-
-def depthwise(channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
-    """DWConv, padded so that a side of n pixels becomes ceil(n / stride)."""
-    return nn.Conv2d(channels, channels, kernel_size, stride, padding=kernel_size // 2, groups=channels)
-
-
 class ConvBNReLU(nn.Module):
     """Conv 3×3, BatchNorm, ReLU: one step of the stem."""
 
@@ -118,8 +109,8 @@ class Stem(nn.Module):
         self.conv2 = ConvBNReLU(width // 2, width, stride=2)
         self.conv3 = ConvBNReLU(width, width, stride=1)
         self.conv4 = ConvBNReLU(width, width, stride=1)
-        self.conv5 = nn.Conv2d(width, width, 1)
-        self.layernorm = layer_norm(width)
+        self.conv5 = PointwiseConv2d(width, width)
+        self.layernorm = WholeMapNorm(width)
 
     def forward(self, x: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C H W"]:
         """H = ceil(h / 4), W = ceil(w / 4)."""
@@ -145,10 +136,10 @@ class FineGrainedPool(nn.Sequential):
         units = reduction.bit_length() - 1
         steps: OrderedDict[str, nn.Module] = OrderedDict()
         for unit in range(units):
-            steps[f"conv{unit}"] = depthwise(channels, POOL_KERNEL, stride=2)
+            steps[f"conv{unit}"] = DepthwiseConv2d(channels, POOL_KERNEL, stride=2)
             steps[f"bn{unit}"] = nn.BatchNorm2d(channels)
             if unit + 1 < units:
-                steps[f"linear{unit}"] = nn.Conv2d(channels, channels, 1)
+                steps[f"linear{unit}"] = PointwiseConv2d(channels, channels)
         super().__init__(steps)
 
 
@@ -160,7 +151,7 @@ class FASA(nn.Module):
 
     Eq. 2:  y_i = 𝒜(ℱ(ℳ(x_i, X)), X)              self-attention: `aggregate_global`
     Eq. 3:  y_i = ℳ(𝒜(x_i, X), x_i)                the modulating ConvNets from which Eq. 4 starts; not in FASA
-    Eq. 4:  y_i = ℳ(ℱ(𝒜(x_i, X)), 𝒜(x_i, X))       the local part: `aggregate_local`
+    Eq. 4:  y_i = ℳ(ℱ(𝒜(x_i, X)), 𝒜(x_i, X))       the local part: 𝒜 is `local_mixer`, ℳ and ℱ are in `interaction`
     Eq. 5:  y_i = ℳ(ℱ(𝒜₁(x_i, X)), 𝒜₂(x_i, X))     the interaction: `interact`
 
     Args:
@@ -175,16 +166,16 @@ class FASA(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.gate = gate
-        self.q = nn.Conv2d(width, width, 1)
-        self.kv = nn.Conv2d(width, 2 * width, 1)
-        self.local_mixer = depthwise(width, kernel_size)
-        self.mixer = nn.Conv2d(width, width, 1)
+        self.q = PointwiseConv2d(width, width)
+        self.kv = PointwiseConv2d(width, 2 * width)
+        self.local_mixer = DepthwiseConv2d(width, kernel_size)
+        self.mixer = PointwiseConv2d(width, width)
         self.pool = FineGrainedPool(width, kv_reduction)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Y of Eq. 11."""
         q = self.q(x)
-        return self.interact(self.aggregate_local(q), self.aggregate_global(q, x))
+        return self.interact(self.local_mixer(q), self.aggregate_global(q, x))
 
     def aggregate_global(self, q: Float[Tensor, "B C H W"], x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Attention of every token to the down-sampled map, without a projection after it.
@@ -201,45 +192,33 @@ class FASA(nn.Module):
         """
         height, width = q.shape[-2:]
         k, v = self.kv(self.pool(x)).chunk(2, dim=1)  # [B, C, h, w] each
-        out = F.scaled_dot_product_attention(self._heads(q), self._heads(k), self._heads(v))  # [B, M, H*W, D]
+        out = attention(self._heads(q), self._heads(k), self._heads(v))  # [B, M, H*W, D]
         return out.transpose(2, 3).flatten(1, 2).unflatten(2, (height, width))  # [B, C, H, W]
 
     def _heads(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B M N D"]:
         """Views alone: in channels_last the D numbers of a head lie side by side, as the fused kernels want them."""
         return x.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)  # [B, M, N, D]
 
-    def aggregate_local(self, q: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """A convolution that weighs its own output.
+    def interact(
+        self, q_prime: Float[Tensor, "B C H W"], global_: Float[Tensor, "B C H W"]
+    ) -> Float[Tensor, "B C H W"]:
+        """Let the local part weigh itself, gate each part by the other, multiply them, mix the channels.
 
-        Eq. 8:  Q' = DWConv(Q),   X'_local = Q' ⊙ Sigmoid(Q')
-
-            Q   `q`, the query of Eq. 7   [B, C, H, W]
-
-        Q' ⊙ Sigmoid(Q') is SiLU(Q'). Deviates from the paper: nothing.
-        """
-        return F.silu(self.local_mixer(q))
-
-    def interact(self, local: Float[Tensor, "B C H W"], global_: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Gate each part by the other, multiply them, mix the channels.
-
+        Eq. 8:   Q' = DWConv(Q),   X'_local = Q' ⊙ Sigmoid(Q')
         Eq. 9:   X_local  = X'_local ⊙ Sigmoid(X'_global)
         Eq. 10:  X_global = X'_global ⊙ Sigmoid(X'_local)
         Eq. 11:  Y = W₂ ⊗ (X_global ⊙ X_local)
 
-            X'_local   `local`, of Eq. 8         [B, C, H, W]
-            X'_global  `global_`, of Eq. 7       [B, C, H, W]
+            Q'         `q_prime`, `local_mixer` of the query of Eq. 7   [B, C, H, W]
+            X'_global  `global_`, of Eq. 7                              [B, C, H, W]
             W₂         weight of `self.mixer`
 
-        X'_global ⊙ Sigmoid(X'_global) is SiLU(X'_global), so that without Eq. 10's factor
-        Y = W₂ ⊗ (SiLU(X'_global) ⊙ X'_local).
+        Z ⊙ Sigmoid(Z) is SiLU(Z), so that without Eq. 10's factor Y = W₂ ⊗ (SiLU(X'_global) ⊙ SiLU(Q')).
 
         Deviates from the paper: `gate="released"` leaves out Eq. 11's last factor, Sigmoid(X'_local), as the text
         below Eq. 11 and the released code do (Table 10: equal accuracy, faster); `gate="paper"` keeps it.
         """
-        y = F.silu(global_) * local
-        if self.gate == "paper":
-            y = y * local.sigmoid()
-        return self.mixer(y)
+        return self.mixer(interaction(q_prime, global_, both_ways=self.gate == "paper"))
 
 
 class ConvFFN(nn.Module):
@@ -259,16 +238,15 @@ class ConvFFN(nn.Module):
     def __init__(self, width: int, out_width: int, ratio: int, stride: int) -> None:
         super().__init__()
         hidden = width * ratio
-        self.stride = stride
-        self.fc1 = nn.Conv2d(width, hidden, 1)
-        self.dwconv = depthwise(hidden, CONV_FFN_KERNEL, stride)
+        self.fc1 = PointwiseConv2d(width, hidden)
+        self.dwconv = DepthwiseConv2d(hidden, CONV_FFN_KERNEL, stride, residual=stride == 1)
         self.bn = nn.BatchNorm2d(hidden)
-        self.fc2 = nn.Conv2d(hidden, out_width, 1)
+        self.fc2 = PointwiseConv2d(hidden, out_width)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B c h w"]:
         """Same map at stride 1; half the sides and `out_width` channels at stride 2."""
         x = F.gelu(self.fc1(x))  # [B, R, H, W]
-        x = x + self.dwconv(x) if self.stride == 1 else self.dwconv(x)  # [B, R, h, w]
+        x = self.dwconv(x)  # [B, R, h, w]; at stride 1 with its residual
         return self.fc2(self.bn(x))  # [B, c, h, w]
 
 
@@ -297,23 +275,25 @@ class FATBlock(nn.Module):
         super().__init__()
         width, kernel_size = config.widths[stage], config.kernel_sizes[stage]
         out_width, stride = (config.widths[stage + 1], 2) if downsamples else (width, 1)
-        self.cpe = depthwise(width, kernel_size)
-        self.norm1 = layer_norm(width)
+        self.cpe = DepthwiseConv2d(width, kernel_size, residual=True)
+        self.norm1 = WholeMapNorm(width)
         self.attn = FASA(
             width, config.num_heads[stage], kernel_size, config.kv_reductions[stage], config.interaction.gate
         )
         self.drop_path = DropPath(drop_path_rate)
-        self.norm2: nn.Module = layer_norm(width)
+        self.norm2: nn.Module = WholeMapNorm(width)
         self.downsample: nn.Module = nn.Identity()
         if downsamples:
             self.downsample = nn.Sequential(
-                depthwise(width, CONV_FFN_KERNEL, stride), nn.BatchNorm2d(width), nn.Conv2d(width, out_width, 1)
+                DepthwiseConv2d(width, CONV_FFN_KERNEL, stride),
+                nn.BatchNorm2d(width),
+                PointwiseConv2d(width, out_width),
             )
         self.ffn: ConvFFN | None = ConvFFN(width, out_width, config.mlp_ratios[stage], stride)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B c h w"]]:
         """(Y, Z) of Eq. 1: the next block reads Z; Y of a stage's last block is the pyramid's map."""
-        x = x + self.cpe(x)
+        x = self.cpe(x)  # with its residual
         y = x + self.drop_path(self.attn(self.norm1(x)))
         if self.ffn is None:
             return y, y
@@ -384,7 +364,7 @@ class FAT(Backbone):
         self.layers = nn.ModuleList(
             FATStage(config, stage, rates[start : start + config.depths[stage]]) for stage, start in enumerate(starts)
         )
-        self.norm: nn.Module = layer_norm(config.widths[-1])
+        self.norm: nn.Module = WholeMapNorm(config.widths[-1])
         self.reset_classifier(num_classes)
 
     def embed(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B c h w"]:
