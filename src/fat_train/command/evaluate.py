@@ -79,7 +79,7 @@ def _open(values: dict[str, Any], about: dict[str, Any]) -> tuple[RunConfig, Dat
     given = values.get("data", {})
     saved = dict(about["config"])
     data = given if "_target_" in given else OmegaConf.to_container(OmegaConf.merge(saved["data"], given))
-    refuse_unknown(values, (*EvaluateSettings.__dataclass_fields__, "data", "trainer"), where="")
+    refuse_unknown(values, (*EvaluateSettings.__dataclass_fields__, "data", "trainer", "op"), where="")
     problems = Problems()
     config = resolve_run(
         {**saved, "data": data, "trainer": values["trainer"], "op": values["op"], "debug": {}}, problems
