@@ -5,7 +5,6 @@ From there on they are an image folder like any other, read by the same index, o
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +14,7 @@ from jaxtyping import Bool, Int
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from fat_train.cache import cache_folder
 from fat_train.types import UserError
 
 FOLDER_NAME = "digits-64px-v1"  # raise the version when the files would come out different
@@ -22,12 +22,6 @@ FILE_PX = 64
 JPEG_QUALITY = 95
 VAL_EVERY = 5
 COMPLETE_MARKER = ".complete"
-
-
-def cache_folder() -> Path:
-    """Where data sets that we write ourselves lie: `$FAT_TRAIN_CACHE`, or `~/.cache/fat_train`."""
-    chosen = os.environ.get("FAT_TRAIN_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "fat_train"
 
 
 def digits_root() -> Path:

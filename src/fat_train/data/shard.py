@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from fat_train.data.digits import cache_folder
+from fat_train.cache import cache_folder
 from fat_train.data.index import SPLITS, FileIndex, Members
 from fat_train.data.tar import NAME_ENCODING, Shard, read_shard
 from fat_train.types import MissingPathError, UserError, some

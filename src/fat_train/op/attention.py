@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.library import custom_op
 
-from fat_train.op import native
 from fat_train.op.choice import compute_dtype, kernels_of, way_of
+from fat_train.op.native import attention as native
 
 
 def attention(
@@ -24,7 +24,7 @@ def attention(
     dtype = compute_dtype(q)
 
     def can(way: str) -> bool:
-        return way == "sdpa" or native.handles_attention(dtype, q, k, v)
+        return way == "sdpa" or native.handles(dtype, q, k, v)
 
     unmeasured = "native" if q.device.type == "cpu" else "sdpa"
     way = way_of("attention", q, (*q.shape, k.shape[2]), can, unmeasured, otherwise="sdpa")

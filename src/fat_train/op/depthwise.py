@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.library import custom_op
 
-from fat_train.op import native
 from fat_train.op.choice import FUSED_DTYPES, compute_dtype, kernels_of, way_of
 from fat_train.op.layout import empty_map, is_channels_last
+from fat_train.op.native import depthwise as native
 
 
 def depthwise_conv(
@@ -36,7 +36,7 @@ def depthwise_conv(
     def can(way: str) -> bool:
         if not is_channels_last(x):
             return False
-        return native.handles_depthwise(dtype, kernel_size, stride) if way == "native" else dtype in FUSED_DTYPES
+        return native.handles(dtype, kernel_size, stride) if way == "native" else dtype in FUSED_DTYPES
 
     sizes = (*x.shape, kernel_size, stride, residual)
     if way_of("depthwise", x, sizes, can, unmeasured="native") == "torch":

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-from fat_train.data.digits import cache_folder
+from fat_train.cache import cache_folder
 from fat_train.data.index import FileIndex
 from fat_train.report.inspection import Inspection, Oddity
 
