@@ -98,7 +98,7 @@ def test_the_papers_gate_multiplies_by_the_last_factor_of_equation_11():
 def test_conv_ffn_adds_its_depthwise_conv_in_a_stage_and_replaces_by_it_at_the_end(stride):
     ffn = randomise(ConvFFN(width=3, out_width=5, ratio=2, stride=stride))
     x = random_map(3, 5, 4)
-    hidden = conv(x, ffn.fc1)
+    hidden = conv(x, ffn.fc1)  # before the activation
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
     hidden = conv(hidden, ffn.dwconv) + (hidden if stride == 1 else 0)
     assert_same_value_and_gradients(ffn, conv(batch_norm(hidden, ffn.bn), ffn.fc2), ffn(x), x)

@@ -34,11 +34,22 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """1×1 convolution: W ⊗ X."""
+    """1×1 convolution, W ⊗ X, and the activation of its result.
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    Args:
+        in_channels: C.
+        out_channels: c.
+        activation: none, gelu or relu.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, activation: str = "none") -> None:
         super().__init__(in_channels, out_channels, 1)
+        self.activation = activation
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B c H W"]:
         """Every pixel by itself."""
-        return pointwise_conv(x, self.weight, self.bias)
+        return pointwise_conv(x, self.weight, self.bias, self.activation)
+
+    def extra_repr(self) -> str:
+        """torch's, and the activation."""
+        return super().extra_repr() + f", activation={self.activation}" * (self.activation != "none")

@@ -10,7 +10,6 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -238,14 +237,14 @@ class ConvFFN(nn.Module):
     def __init__(self, width: int, out_width: int, ratio: int, stride: int) -> None:
         super().__init__()
         hidden = width * ratio
-        self.fc1 = PointwiseConv2d(width, hidden)
+        self.fc1 = PointwiseConv2d(width, hidden, activation="gelu")
         self.dwconv = DepthwiseConv2d(hidden, CONV_FFN_KERNEL, stride, residual=stride == 1)
         self.bn = nn.BatchNorm2d(hidden)
         self.fc2 = PointwiseConv2d(hidden, out_width)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B c h w"]:
         """Same map at stride 1; half the sides and `out_width` channels at stride 2."""
-        x = F.gelu(self.fc1(x))  # [B, R, H, W]
+        x = self.fc1(x)  # [B, R, H, W]
         x = self.dwconv(x)  # [B, R, h, w]; at stride 1 with its residual
         return self.fc2(self.bn(x))  # [B, c, h, w]
 

@@ -20,13 +20,13 @@ from fat_train.types import UserError, one_of
 AUTO = "auto"
 WAYS = {
     "depthwise": ("torch", "native", "triton"),
-    "pointwise": ("torch", "gemm"),
+    "pointwise": ("torch", "gemm", "onednn"),
     "norm": ("torch", "triton"),
     "interaction": ("torch", "triton"),
     "attention": ("torch", "sdpa", "native"),
 }
 """Operation -> the ways there are; `torch` is the definition everywhere."""
-DEVICE_OF = {"native": "cpu", "triton": "cuda"}
+DEVICE_OF = {"native": "cpu", "onednn": "cpu", "triton": "cuda"}
 """Ways that one kind of device alone has."""
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What our CUDA kernels read and write."""
@@ -41,7 +41,7 @@ class OpConfig:
     depthwise: str = AUTO
     """Depth-wise convolution: torch, native (CPU, our C++), triton (CUDA)."""
     pointwise: str = AUTO
-    """1×1 convolution: torch (a convolution) or gemm (a matrix product over all pixels)."""
+    """1×1 convolution: torch (a convolution), gemm (a matrix product over all pixels), onednn (CPU, with its activation)."""
     norm: str = AUTO
     """GroupNorm over the whole map: torch or triton (CUDA)."""
     interaction: str = AUTO
