@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fat_train.augment.policy import AugmentConfig
-from fat_train.benchmark.step import Mark, Row, Split, StepClock, Window, loader_rate, part_of, put_on_device
+from fat_train.benchmark.step import Mark, Row, Split, Window, loader_rate, put_on_device
+from fat_train.benchmark.step_clock import StepClock, part_of
 from fat_train.loss.cross_entropy import CrossEntropy
 from fat_train.task.classification import Classification
 from fat_train.task.step import StepKey
@@ -23,7 +24,8 @@ LOOP = "[_TrainingEpochLoop].train_dataloader_next"
 def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that stands still until it is set."""
     now = SimpleNamespace(s=0.0)
-    monkeypatch.setattr("fat_train.benchmark.step.time", SimpleNamespace(perf_counter=lambda: now.s))
+    for module in ("step", "step_clock"):
+        monkeypatch.setattr(f"fat_train.benchmark.{module}.time", SimpleNamespace(perf_counter=lambda: now.s))
     return now
 
 

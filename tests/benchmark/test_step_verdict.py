@@ -41,12 +41,12 @@ def device(lead_s: float, **seconds: float) -> Split:
     [
         (host(), CPU, "the CPU's forward and backward pass", "trainer.compile=true"),
         (host(), replace(CPU, compiled=True), "the CPU's forward and backward pass", "a GPU"),
-        (host(data=0.3), CPU, "the input pipeline", "a set made smaller by `pack`"),
+        (host(data=0.3), CPU, "the input pipeline", "a set made smaller by the command pack"),
         (host(data=0.3), replace(CPU, packed=True), "the input pipeline", "more CPU cores a device"),
         (host(data=0.3), replace(CPU, workers=2), "the input pipeline", "data.num_workers=16 (it is 2)"),
         (host(data=0.3), replace(CPU, backend="torch"), "the input pipeline", "data.backend=dali"),
         (host(data=0.3), replace(CPU, backend="synthetic"), "the input pipeline", "data=imagenet"),
-        (host(ema=2.0), CPU, "the optimiser", "a larger trainer.global_batch (128 images"),
+        (host(ema=2.0), CPU, "the optimiser", "a larger trainer.global_batch (128 images a device"),
         (host(augment=2.0), CPU, "augmentation on the device", "augment.mix_mode=batch"),
         (host(callbacks=2.0), CPU, "what the callbacks do", "a larger trainer.log_every_n_steps"),
         (device(0.5), GPU, "the GPU's forward and backward pass", "trainer.precision=bf16-mixed"),
@@ -80,7 +80,7 @@ def test_where_every_setting_is_right_the_sentence_says_so() -> None:
     verdict = verdict_of(split, replace(GPU, precision="bf16-mixed", compiled=True))
     assert sentence(verdict, split, "it takes long") == (
         "the GPU's forward and backward pass bounds this run: 910.0 of 1,000.0 ms an update (91%); "
-        "no setting is left to change; it takes long"
+        "no setting is left to try; it takes long"
     )
 
 

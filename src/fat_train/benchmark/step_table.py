@@ -18,7 +18,8 @@ NOTES = (
     "gradient, the optimiser the zeroing of gradients and the schedule; unexplained are Lightning's loop and DDP's "
     "frame of the forward pass.",
     "Device: events on the GPU's own time line, idle time included; that of data wait is the GPU with nothing to do. "
-    "Parts in which it gets no work count for the one before.",
+    "Parts in which it gets no work count for the one before. A host that is ahead of the GPU waits for it once an "
+    "update, for the update before and among the callbacks, whose host time is then the GPU's.",
     "Not timed: loggers beside metrics.csv, validation, the turns of epochs, checkpoints (benchmark checkpoint).",
 )
 """What has to be said under a table."""

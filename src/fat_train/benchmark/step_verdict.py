@@ -48,7 +48,7 @@ class Verdict(NamedTuple):
     """Of an update."""
     share: float
     change: tuple[str, ...]
-    """Settings, the most promising first; empty where none is left."""
+    """What to try, the most promising first; empty where nothing is left."""
     waits: bool = False
     """Whether it is the input pipeline."""
 
@@ -88,7 +88,7 @@ def _faster_loader(setup: Setup) -> Iterator[str]:
     elif setup.device == "gpu" and setup.decode == "cpu":
         yield "data.decode=gpu"
     if not setup.packed:
-        yield "a set made smaller by `pack`"
+        yield "a set made smaller by the command pack"
     if setup.workers >= setup.cores:
         yield "more CPU cores a device"
 
@@ -121,7 +121,7 @@ def _larger_batch(setup: Setup) -> Iterator[str]:
 
 
 def _rarer_updates(setup: Setup) -> Iterator[str]:
-    yield f"a larger trainer.global_batch ({setup.batch_per_device * setup.accumulate} images a device an update)"
+    yield f"a larger trainer.global_batch ({setup.batch_per_device * setup.accumulate} images a device and update)"
 
 
 def sentence(verdict: Verdict, split: Split, hours: str) -> str:
@@ -136,8 +136,8 @@ def sentence(verdict: Verdict, split: Split, hours: str) -> str:
     if verdict.waits:
         than = f", {rate(split.images_per_s_unless_waiting)} in place of {rate(split.images_per_s)} img/s without it"
         by = f"waited for {by}{than}"
-    change = f"; change {' or '.join(verdict.change)}" if verdict.change else "; no setting is left to change"
-    return f"{verdict.what} bounds this run: {by}{change}; {hours}"
+    change = f"to try: {', '.join(verdict.change)}" if verdict.change else "no setting is left to try"
+    return f"{verdict.what} bounds this run: {by}; {change}; {hours}"
 
 
 def rate(per_s: float) -> str:

@@ -14,7 +14,8 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
-from fat_train.benchmark.step import PARTS, Split, StepClock, StopAfter, Window, is_compiled, loader_rate
+from fat_train.benchmark.step import PARTS, Split, Window, loader_rate
+from fat_train.benchmark.step_clock import StepClock, StopAfter, is_compiled
 from fat_train.benchmark.step_plot import draw_split
 from fat_train.benchmark.step_table import as_csv, markdown, terminal_table
 from fat_train.benchmark.step_verdict import Setup, Verdict, rate, sentence, verdict_of
