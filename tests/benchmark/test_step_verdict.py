@@ -41,6 +41,7 @@ def device(lead_s: float, **seconds: float) -> Split:
     [
         (host(), CPU, "the CPU's forward and backward pass", "trainer.compile=true"),
         (host(), replace(CPU, compiled=True), "the CPU's forward and backward pass", "a GPU"),
+        (host(), replace(CPU, precision="bf16-mixed"), "the CPU's forward and backward pass", "trainer.precision=32"),
         (host(data=0.3), CPU, "the input pipeline", "a set made smaller by the command pack"),
         (host(data=0.3), replace(CPU, packed=True), "the input pipeline", "more CPU cores a device"),
         (host(data=0.3), replace(CPU, workers=2), "the input pipeline", "data.num_workers=16 (it is 2)"),

@@ -98,6 +98,8 @@ def _faster_pass(setup: Setup) -> Iterator[str]:
         yield "trainer.grad_checkpointing=false"
     if setup.device == "gpu" and setup.precision == "32":
         yield "trainer.precision=bf16-mixed"
+    if setup.device == "cpu" and setup.precision == "bf16-mixed":
+        yield "trainer.precision=32 (most CPUs have no fast bfloat16)"
     if not setup.compiled:
         yield "trainer.compile=true"
     if not setup.channels_last:
