@@ -41,7 +41,7 @@ class OpConfig:
     depthwise: str = AUTO
     """Depth-wise convolution: torch, native (CPU, our C++), triton (CUDA)."""
     pointwise: str = AUTO
-    """1×1 convolution: torch (a convolution), gemm (a matrix product over all pixels), onednn (CPU, with its activation)."""
+    """1×1 convolution: torch (a convolution), gemm (a matrix product), onednn (CPU: with its activation)."""
     norm: str = AUTO
     """GroupNorm over the whole map: torch or triton (CUDA)."""
     interaction: str = AUTO

@@ -21,9 +21,9 @@ def pointwise_conv(
 ) -> Float[Tensor, "B c H W"]:
     """y[b, :, i, j] = activation(weight · x[b, :, i, j] + bias), activation one of `ACTIVATIONS`.
 
-    `gemm` reads a channels-last map as the [B·H·W, C] matrix that it is in memory, and gives one: no copy. `onednn` lets
-    the convolution apply the activation before it writes, where no gradient is wanted: a map less, and on a CPU the first
-    touch of a map's memory costs more than its arithmetic.
+    `gemm` reads a channels-last map as the [B·H·W, C] matrix that it is in memory, and gives one: no copy. `onednn`
+    lets the convolution apply the activation before it writes, where no gradient is wanted: a map less, and on a
+    CPU the first touch of a map's memory costs more than its arithmetic.
     """
 
     def can(way: str) -> bool:
