@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
 
 from fat_train.op.choice import compute_dtype, kernels_of, way_of
 from fat_train.op.native import attention as native
+
+Shape = tuple[int, ...]
 
 
 def attention(
@@ -72,3 +75,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _forward.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.fat_train.attention)
+def _flops(q_shape: Shape, k_shape: Shape, *_: Any, **__: Any) -> int:
+    """Two products of every query with every key."""
+    batch, heads, queries, depth = q_shape
+    return 4 * batch * heads * queries * k_shape[2] * depth
+
+
+@register_flop_formula(torch.ops.fat_train.attention_grad)
+def _grad_flops(grad_shape: Shape, q_shape: Shape, k_shape: Shape, *_: Any, **__: Any) -> int:
+    """Five: the scores again, and four for the gradients."""
+    del grad_shape
+    return 5 * _flops(q_shape, k_shape) // 2

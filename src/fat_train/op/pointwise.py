@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from fat_train.op.choice import compute_dtype, way_of
 from fat_train.op.layout import is_channels_last
 
+Shape = tuple[int, ...]
 ACTIVATIONS = {"none": lambda x: x, "gelu": F.gelu, "relu": F.relu}
 
 
@@ -52,3 +56,12 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Te
 
 def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
+if _has_onednn() and torch.ops.mkldnn._convolution_pointwise not in flop_registry:
+
+    @register_flop_formula(torch.ops.mkldnn._convolution_pointwise)
+    def _flops(x_shape: Shape, weight_shape: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
+        """A multiply-add an output and weight of its channel."""
+        del x_shape
+        return 2 * math.prod(out_shape) * math.prod(weight_shape[1:])
