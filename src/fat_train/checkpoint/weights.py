@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fat_train.model.fold import WEIGHTS_FIRST
 from fat_train.types import MissingPathError, UserError
 
 WHICH = ("raw", "ema")
@@ -83,6 +84,8 @@ def apply_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, source: s
     }
     if any(differences.values()):
         lines = [f"  {kind} ({len(names)}): {_some(names)}" for kind, names in differences.items() if names]
+        if getattr(model, "reparameterized", False):
+            lines.append(f"  {WEIGHTS_FIRST}")
         in_file, in_model = num_classes_of(state), num_classes_of(own)
         if in_file != in_model:
             lines.append(f"  the head's width differs: checkpoint has {in_file} classes, model {in_model}")

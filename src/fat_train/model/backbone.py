@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from fat_train.model.fold import ONLY_EVALUATES, fold, refuse_unfolded
 from fat_train.types import Pyramid, UserError
 
 Map = Float[Tensor, "B _C _H _W"]  # any map: the underscores leave its sizes free from one argument to the next
+Model = TypeVar("Model", bound="Backbone")  # beartype has no way with `Self`
 
 
 class StageOutput(NamedTuple):
@@ -89,6 +91,7 @@ class Backbone(nn.Module, ABC):
         self.feature_info = feature_info
         self.global_pool = "avg"
         self.num_classes = num_classes
+        self.reparameterized = False
 
     @abstractmethod
     def embed(self, x: Float[Tensor, "B C H W"]) -> Map:
@@ -115,6 +118,37 @@ class Backbone(nn.Module, ABC):
         for module in self.modules():
             if isinstance(module, Stage):
                 module.grad_checkpointing = enable
+
+    def train(self: Model, mode: bool = True) -> Model:
+        """Switch between training and evaluation, as any module does.
+
+        Raises:
+            UserError: training, after `reparameterize`.
+        """
+        if mode and self.reparameterized:
+            raise UserError(ONLY_EVALUATES)
+        return super().train(mode)
+
+    def reparameterize(self: Model) -> Model:
+        """Compute the same with fewer operations, in place and for good: for inference, after the weights are loaded.
+
+        BatchNorms and sums with a depth-wise convolution's own input become part of convolutions (`model.fold`), no
+        parameter asks for a gradient any more, and the model only evaluates from now on. In float32 the logits move by
+        rounding alone. Another type is best taken afterwards, `model.reparameterize().bfloat16()`: what is folded then
+        has not been rounded yet.
+
+        The state dict keeps the names of what is left, without the BatchNorms' own. It fits a reparameterised model of
+        the same size; weights from before fit it no more, and are refused.
+
+        Returns:
+            The model itself. A second call changes nothing.
+        """
+        if not self.reparameterized:
+            fold(self)
+            self.eval().requires_grad_(False)
+            self.register_load_state_dict_pre_hook(refuse_unfolded)
+            self.reparameterized = True
+        return self
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay beside the one-dimensional ones, which never have it: none."""

@@ -234,6 +234,8 @@ class ConvFFN(nn.Module):
     Deviates from the paper: nothing; the paper fixes the kernel (5) and the strides, the released code the rest.
     """
 
+    conv_norm_pairs = (("dwconv", "bn"),)  # for `reparameterize`
+
     def __init__(self, width: int, out_width: int, ratio: int, stride: int) -> None:
         super().__init__()
         hidden = width * ratio

@@ -55,6 +55,7 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Te
     return ACTIVATIONS[activation](F.conv2d(x, weight, bias))
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot look into torch's back ends
 def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fat_train.op.native.library import call, library
+from fat_train.op.native.library import call, is_there
 
 DEPTHS = (16, 32, 64)
 MOST_KEYS = 1024
@@ -19,7 +19,7 @@ def handles(dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.shape[3] in DEPTHS
         and 0 < k.shape[2] <= MOST_KEYS
         and all(view.stride(3) == 1 for view in (q, k, v))
-        and library() is not None
+        and is_there()
     )
 
 

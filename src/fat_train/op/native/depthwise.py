@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from fat_train.op.layout import empty_map
-from fat_train.op.native.library import call, library
+from fat_train.op.native.library import call, is_there
 
 KERNEL_SIZES = (3, 5, 7, 9)
 
 
 def handles(dtype: torch.dtype, kernel_size: int, stride: int) -> bool:
     """Whether there is a kernel for this case, and a compiler that has made it."""
-    return dtype == torch.float32 and kernel_size in KERNEL_SIZES and stride in (1, 2) and library() is not None
+    return dtype == torch.float32 and kernel_size in KERNEL_SIZES and stride in (1, 2) and is_there()
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, residual: bool) -> Tensor:

@@ -53,6 +53,12 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def is_there() -> bool:
+    """Whether there is a `library`: to torch.compile a constant, or it would trace the search for a compiler."""
+    return library() is not None
+
+
 def _kept() -> Path:
     folder = cache_folder() / "native"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
