@@ -18,12 +18,14 @@ from pytorch_lightning.profilers import PyTorchProfiler
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
 from fat_train.checkpoint.writer import BackgroundCheckpointIO
+from fat_train.trainer import compiler
 from fat_train.trainer.quiet import silence
 from fat_train.types import UserError, one_of
 
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
 PATIENCE = timedelta(hours=6)
 """For a rank that is late; `callback.guard.hang_minutes` is shorter, and tells where it hangs."""
+MATMUL_PRECISIONS = ("high", "highest")
 PRECISIONS = {"32": "32-true", "bf16-mixed": "bf16-mixed", "16-mixed": "16-mixed"}
 
 
@@ -43,8 +45,11 @@ class TrainerConfig:
     """Images an update, over all devices and accumulation; the recipe's number, whatever the machine."""
     max_batch_per_device: int = 128
     """Most images that one device holds at once; the rest of the global batch is accumulated."""
-    compile: bool = False
-    """torch.compile the model: minutes at the start, faster steps."""
+    compile: str = "auto"
+    """torch.compile the model, a slower start for faster steps: auto (default on GPUs, off elsewhere), off, default,
+    reduce-overhead (CUDA graphs), max-autotune (a long search), or regional (blocks alone: starts sooner)."""
+    matmul_precision: str = "high"
+    """Of float32 products on GPUs: high (TF32, inputs of 10 bits, several times as fast) or highest (all 23 bits)."""
     channels_last: bool = True
     """Keep activations as NHWC in memory: the faster layout for these models on GPUs and CPUs."""
     grad_checkpointing: bool = False
@@ -59,6 +64,8 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         one_of("trainer.accelerator", self.accelerator, ACCELERATORS)
         one_of("trainer.precision", self.precision, PRECISIONS)
+        one_of("trainer.matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
+        compiler.checked_word(self.compile)
         names = ("devices", "num_nodes", "global_batch", "max_batch_per_device", "log_every_n_steps")
         for name in (*names, "val_every_n_epochs"):
             if getattr(self, name) < 1:
@@ -73,11 +80,17 @@ class TrainerConfig:
             return "gpu"
         return "mps" if torch.backends.mps.is_available() and self.devices == 1 else "cpu"
 
+    @property
+    def way_to_compile(self) -> str:
+        """What `compile` comes to on this machine."""
+        return compiler.way_to_compile(self.compile, self.kind)
+
     def refuse_impossible(self) -> None:
         """Check the request against this machine.
 
         Raises:
-            UserError: more devices than there are, or a precision that the device does not have.
+            UserError: more devices than there are, a precision that the device does not have, or a way to compile that
+                does not work here.
         """
         gpus, cores = torch.cuda.device_count(), available_cores()
         here = f"this machine has {gpus} GPU{'s' * (gpus != 1)} and {cores} CPU core{'s' * (cores != 1)}"
@@ -90,6 +103,7 @@ class TrainerConfig:
             )
         if self.precision == "16-mixed" and self.kind == "cpu":
             raise UserError("trainer.precision=16-mixed needs a GPU; on the CPU give 32 or bf16-mixed")
+        compiler.refuse_impossible(self.compile, self.kind, grad_checkpointing=self.grad_checkpointing)
 
 
 def available_cores() -> int:
@@ -125,6 +139,9 @@ def build_trainer(
         profile: write a trace of a few steps for chrome://tracing.
     """
     silence()
+    if config.kind == "gpu":
+        torch.set_float32_matmul_precision(config.matmul_precision)
+        torch.backends.cudnn.allow_tf32 = config.matmul_precision != "highest"
     trainer = Trainer(
         accelerator=config.kind,
         devices=config.devices,
@@ -174,4 +191,6 @@ def _cluster() -> list[SLURMEnvironment]:
 def _strategy(config: TrainerConfig) -> Strategy | str:
     if config.devices * config.num_nodes == 1:
         return "auto"
-    return DDPStrategy(gradient_as_bucket_view=True, timeout=PATIENCE)
+    # On GPUs the ranks' buffers are equal: BatchNorm's statistics are of all ranks, and each computes them alike. On
+    # CPUs DDP hands out rank 0's, which are evaluated and saved.
+    return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=config.kind != "gpu", timeout=PATIENCE)
