@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning
 import torch
@@ -16,6 +18,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.profilers import PyTorchProfiler
 from pytorch_lightning.strategies import DDPStrategy, Strategy
+from torch.nn.parallel import DistributedDataParallel
 
 from fat_train.checkpoint.writer import BackgroundCheckpointIO
 from fat_train.trainer import compiler
@@ -191,6 +194,13 @@ def _cluster() -> list[SLURMEnvironment]:
 def _strategy(config: TrainerConfig) -> Strategy | str:
     if config.devices * config.num_nodes == 1:
         return "auto"
-    # On GPUs the ranks' buffers are equal: BatchNorm's statistics are of all ranks, and each computes them alike. On
-    # CPUs DDP hands out rank 0's, which are evaluated and saved.
-    return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=config.kind != "gpu", timeout=PATIENCE)
+    return DDPStrategy(gradient_as_bucket_view=True, timeout=PATIENCE, **_buffers(config.kind))
+
+
+def _buffers(kind: str) -> dict[str, Any]:
+    """On GPUs the ranks' buffers are equal, as BatchNorm's statistics are of all ranks and each computes them alike: no
+    need to send rank 0's round before every forward pass. On CPUs DDP does; they are evaluated and saved."""
+    named = "forward_sync_buffers"
+    if named not in signature(DistributedDataParallel).parameters:  # torch of before 2.14
+        named = "broadcast_buffers"
+    return {named: False} if kind == "gpu" else {}
