@@ -16,6 +16,7 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
 from pytorch_lightning.profilers import PyTorchProfiler
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from torch.nn.parallel import DistributedDataParallel
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fat_train.checkpoint.writer import BackgroundCheckpointIO
 from fat_train.trainer import compiler
 from fat_train.trainer.quiet import silence
+from fat_train.trainer.sync_batch_norm import SyncBatchNorms
 from fat_train.types import UserError, one_of
 
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
@@ -161,7 +163,6 @@ def build_trainer(
         log_every_n_steps=config.log_every_n_steps,
         num_sanity_val_steps=0,  # a restored loader must not be started twice
         use_distributed_sampler=False,  # our order shards by global rank
-        sync_batchnorm=config.kind == "gpu" and config.devices * config.num_nodes > 1,
         deterministic=config.deterministic or None,
         benchmark=config.kind == "gpu" and not config.deterministic,
         enable_model_summary=False,
@@ -170,7 +171,7 @@ def build_trainer(
         default_root_dir=folder,
         callbacks=callbacks,
         logger=loggers,
-        plugins=[BackgroundCheckpointIO(), *_cluster()],
+        plugins=[BackgroundCheckpointIO(), *_cluster(), *_synchronised(config)],
         profiler=PyTorchProfiler(dirpath=folder, filename="profile") if profile else None,
     )
     _ask_nobody_for_signals(trainer)
@@ -189,6 +190,13 @@ def _cluster() -> list[SLURMEnvironment]:
     """Under SLURM: its ranks and addresses, but not Lightning's own requeueing, which saves inside a signal handler and
     beside our checkpoints."""
     return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+
+
+def _synchronised(config: TrainerConfig) -> list[LayerSync]:
+    """BatchNorm over all GPUs. Eager code takes torch's own: its kernels need less memory, though the host waits."""
+    if config.kind != "gpu" or config.devices * config.num_nodes == 1:
+        return []
+    return [TorchSyncBatchNorm() if config.way_to_compile == compiler.OFF else SyncBatchNorms()]
 
 
 def _strategy(config: TrainerConfig) -> Strategy | str:
