@@ -64,7 +64,15 @@ def test_each_experiment_has_its_models_drop_path(experiment: str, rate: float) 
 
 def test_a_value_that_no_yaml_names_can_be_set() -> None:
     assert run_of("callback.ema.decay=0.9999").callback.ema.decay == 0.9999
-    assert run_of("trainer.compile=true").trainer.compile
+
+
+@pytest.mark.parametrize(
+    ("word", "way"),
+    [("true", "default"), ("false", "off"), ("off", "off"), ("auto", "off"), ("regional", "regional")],
+)
+def test_compiling_is_a_word_or_what_it_was_before(word: str, way: str) -> None:
+    run = run_of(f"trainer.compile={word}", "trainer.accelerator=cpu")
+    assert run.trainer.way_to_compile == way
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
-from fat_train.trainer.build import TrainerConfig, available_cores, build_trainer
+from fat_train.trainer.build import TrainerConfig, _buffers, available_cores, build_trainer
 from fat_train.types import UserError
 
 
@@ -56,3 +58,11 @@ def test_no_rank_is_asked_for_signals_before_a_batch(tmp_path: Path, monkeypatch
         assert asked == []
         type(loop)._broadcast_sigterm_tensor(loop)
         assert len(asked) == 1, "Lightning's own asks, or there was nothing to turn off"
+
+
+def test_buffers_are_sent_round_on_cpus_alone_by_a_name_that_torch_knows() -> None:
+    parameters = signature(DistributedDataParallel).parameters
+    (name,) = _buffers("gpu")
+    assert name in parameters
+    assert _buffers("gpu") == {name: False}
+    assert _buffers("cpu") == {}

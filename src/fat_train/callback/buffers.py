@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class BuffersBefore:
-    """A copy of all buffers (BatchNorm's running statistics and their counts) in one flat tensor a data type.
+    """A copy of all saved buffers (BatchNorm's running statistics and their counts) in one flat tensor a data type.
 
     A forward pass changes them before anybody knows whether its update is good. Copying takes a few kernels.
 
@@ -20,8 +20,9 @@ class BuffersBefore:
 
     def __init__(self, model: nn.Module) -> None:
         kinds: dict[torch.dtype, dict[str, Tensor]] = defaultdict(dict)
+        saved = model.state_dict()  # without constants, such as drop path's probabilities
         for name, buffer in model.named_buffers():
-            if buffer.numel():
+            if name in saved and buffer.numel():
                 kinds[buffer.dtype][name] = buffer
         self._kinds = [_Kind(buffers) for buffers in kinds.values()]
 

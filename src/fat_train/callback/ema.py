@@ -11,6 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from fat_train.model.compiled import compile_copy, graphs_of
 from fat_train.optim.adamw import left_out
 from fat_train.types import Batch, UserError
 
@@ -41,9 +42,10 @@ class EMA(Callback):
         self._seen_update = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Copy the weights before the model is wrapped. The copy of a compiled model is a plain one."""
+        """Copy the weights before the model is wrapped; a compiled model lends its copy the graphs."""
         if stage == "fit" and self.average is None:
             self.average = ModelEmaV3(pl_module.model, decay=self.decay)
+            compile_copy(self.average.module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the model to its device."""
@@ -88,7 +90,7 @@ class EMA(Callback):
         """Let the average classify the batch that the raw weights have just classified."""
         if self.average is None or self._metric is None:
             return
-        with trainer.precision_plugin.val_step_context():
+        with trainer.precision_plugin.val_step_context(), graphs_of(self.average.module, batch_idx):
             out = self._task(pl_module).eval_step(batch, model=self.average.module)
         self._metric.update(out.logits, out.targets)
 

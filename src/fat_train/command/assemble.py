@@ -15,6 +15,7 @@ from fat_train.config.resolve import resolve
 from fat_train.config.run import Problems, RunConfig, resolve_run
 from fat_train.data.datamodule import DataSource, choose_backend, open_data
 from fat_train.data.index import FileIndex
+from fat_train.model.compiled import compile_model
 from fat_train.op.choice import use
 from fat_train.task.classification import Classification
 from fat_train.trainer.build import TrainerConfig
@@ -105,8 +106,7 @@ def build_task(config: RunConfig, num_classes: int) -> Classification:
         model = model.to(memory_format=torch.channels_last)
     if config.trainer.grad_checkpointing:
         model.set_grad_checkpointing()
-    if config.trainer.compile:
-        model.compile()
+    compile_model(model, config.trainer.way_to_compile)
     return config.task.build(model, config.loss.build(), config.augment, config.data.mean, config.data.std)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from fat_train.config.resolve import refuse_unknown, resolve
 from fat_train.config.run import GROUPS, Problems, RunConfig, plain, resolve_run
 from fat_train.data.datamodule import DataSource
 from fat_train.model.backbone import Backbone
+from fat_train.model.compiled import OFF
 from fat_train.trainer.build import build_trainer
+from fat_train.trainer.compiler import AUTO
 from fat_train.trainer.loaders import RunLoaders
 from fat_train.trainer.module import ValidationModule
 from fat_train.types import MissingPathError, UserError, one_of
@@ -95,6 +97,8 @@ def _open(values: dict[str, Any], about: dict[str, Any]) -> tuple[RunConfig, Dat
     problems.raise_if_any()
     assert source is not None
     refuse_idle_ranks(config.trainer, source)
+    if config.trainer.compile == AUTO:  # one pass over the images does not pay for it
+        config = replace(config, trainer=replace(config.trainer, compile=OFF))
     return config, source
 
 

@@ -74,7 +74,7 @@ def _config(update: FaultyUpdate, accelerator: str) -> RunConfig:
     problems.raise_if_any()
     assert config is not None
     trainer = replace(
-        config.trainer, accelerator=accelerator, devices=1, num_nodes=1, compile=False, grad_checkpointing=False
+        config.trainer, accelerator=accelerator, devices=1, num_nodes=1, compile="off", grad_checkpointing=False
     )
     if trainer.kind != "cpu":
         trainer.refuse_impossible()  # a CPU computes 16-mixed as well, for this one batch

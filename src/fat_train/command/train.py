@@ -19,6 +19,7 @@ from fat_train.command.say import complain, is_rank_zero, say, this_python
 from fat_train.config.run import RunConfig, plain
 from fat_train.data.datamodule import DataSource, SyntheticDataConfig, choose_backend
 from fat_train.report.table import REPORT_FILE, write_report
+from fat_train.trainer import compiler
 from fat_train.trainer.build import build_trainer
 from fat_train.trainer.lost_rank import lost_rank
 from fat_train.trainer.plan import RunPlan
@@ -130,6 +131,8 @@ def _announce(
         backend = choose_backend(config.data.backend, device_of(config), config.data.decode)
         say(f"               {backend.reason}")
     for line in plan.lines():
+        say(line)
+    for line in compiler.lines(config.trainer.compile, config.trainer.kind):
         say(line)
     if plan.world_size > 1:
         synced = "synchronised over all devices" if config.trainer.kind == "gpu" else "of each process (CPU)"

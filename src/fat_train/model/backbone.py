@@ -36,6 +36,8 @@ class StageOutput(NamedTuple):
 class Stage(nn.Module):
     """A run of blocks that can be recomputed in the backward pass; a family says how they follow each other."""
 
+    blocks: nn.ModuleList
+
     def __init__(self) -> None:
         super().__init__()
         self.grad_checkpointing = False

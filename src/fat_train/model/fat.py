@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Float
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from fat_train.layer.conv import DepthwiseConv2d, PointwiseConv2d
+from fat_train.layer.drop_path import DropPath
 from fat_train.layer.norm import WholeMapNorm
 from fat_train.model.backbone import Backbone, Stage, StageOutput
 from fat_train.op.attention import attention
@@ -295,10 +295,10 @@ class FATBlock(nn.Module):
     def forward(self, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B c h w"]]:
         """(Y, Z) of Eq. 1: the next block reads Z; Y of a stage's last block is the pyramid's map."""
         x = self.cpe(x)  # with its residual
-        y = x + self.drop_path(self.attn(self.norm1(x)))
+        y = self.drop_path(x, self.attn(self.norm1(x)))
         if self.ffn is None:
             return y, y
-        z = self.downsample(y) + self.drop_path(self.ffn(self.norm2(y)))  # [B, c, h, w]
+        z = self.drop_path(self.downsample(y), self.ffn(self.norm2(y)))  # [B, c, h, w]
         return y, z
 
     def drop_ffn(self) -> None:

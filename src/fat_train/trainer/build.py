@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning
 import torch
@@ -14,16 +16,21 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
 from pytorch_lightning.profilers import PyTorchProfiler
 from pytorch_lightning.strategies import DDPStrategy, Strategy
+from torch.nn.parallel import DistributedDataParallel
 
 from fat_train.checkpoint.writer import BackgroundCheckpointIO
+from fat_train.trainer import compiler
 from fat_train.trainer.quiet import silence
+from fat_train.trainer.sync_batch_norm import SyncBatchNorms
 from fat_train.types import UserError, one_of
 
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
 PATIENCE = timedelta(hours=6)
 """For a rank that is late; `callback.guard.hang_minutes` is shorter, and tells where it hangs."""
+MATMUL_PRECISIONS = ("high", "highest")
 PRECISIONS = {"32": "32-true", "bf16-mixed": "bf16-mixed", "16-mixed": "16-mixed"}
 
 
@@ -43,8 +50,11 @@ class TrainerConfig:
     """Images an update, over all devices and accumulation; the recipe's number, whatever the machine."""
     max_batch_per_device: int = 128
     """Most images that one device holds at once; the rest of the global batch is accumulated."""
-    compile: bool = False
-    """torch.compile the model: minutes at the start, faster steps."""
+    compile: str = "auto"
+    """torch.compile the model, a slower start for faster steps: auto (default on GPUs, off elsewhere), off, default,
+    reduce-overhead (CUDA graphs), max-autotune (a long search), or regional (blocks alone: starts sooner)."""
+    matmul_precision: str = "high"
+    """Of float32 products on GPUs: high (TF32, inputs of 10 bits, several times as fast) or highest (all 23 bits)."""
     channels_last: bool = True
     """Keep activations as NHWC in memory: the faster layout for these models on GPUs and CPUs."""
     grad_checkpointing: bool = False
@@ -59,6 +69,8 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         one_of("trainer.accelerator", self.accelerator, ACCELERATORS)
         one_of("trainer.precision", self.precision, PRECISIONS)
+        one_of("trainer.matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
+        compiler.checked_word(self.compile)
         names = ("devices", "num_nodes", "global_batch", "max_batch_per_device", "log_every_n_steps")
         for name in (*names, "val_every_n_epochs"):
             if getattr(self, name) < 1:
@@ -73,11 +85,17 @@ class TrainerConfig:
             return "gpu"
         return "mps" if torch.backends.mps.is_available() and self.devices == 1 else "cpu"
 
+    @property
+    def way_to_compile(self) -> str:
+        """What `compile` comes to on this machine."""
+        return compiler.way_to_compile(self.compile, self.kind)
+
     def refuse_impossible(self) -> None:
         """Check the request against this machine.
 
         Raises:
-            UserError: more devices than there are, or a precision that the device does not have.
+            UserError: more devices than there are, a precision that the device does not have, or a way to compile that
+                does not work here.
         """
         gpus, cores = torch.cuda.device_count(), available_cores()
         here = f"this machine has {gpus} GPU{'s' * (gpus != 1)} and {cores} CPU core{'s' * (cores != 1)}"
@@ -90,6 +108,7 @@ class TrainerConfig:
             )
         if self.precision == "16-mixed" and self.kind == "cpu":
             raise UserError("trainer.precision=16-mixed needs a GPU; on the CPU give 32 or bf16-mixed")
+        compiler.refuse_impossible(self.compile, self.kind, grad_checkpointing=self.grad_checkpointing)
 
 
 def available_cores() -> int:
@@ -125,6 +144,9 @@ def build_trainer(
         profile: write a trace of a few steps for chrome://tracing.
     """
     silence()
+    if config.kind == "gpu":
+        torch.set_float32_matmul_precision(config.matmul_precision)
+        torch.backends.cudnn.allow_tf32 = config.matmul_precision != "highest"
     trainer = Trainer(
         accelerator=config.kind,
         devices=config.devices,
@@ -141,7 +163,6 @@ def build_trainer(
         log_every_n_steps=config.log_every_n_steps,
         num_sanity_val_steps=0,  # a restored loader must not be started twice
         use_distributed_sampler=False,  # our order shards by global rank
-        sync_batchnorm=config.kind == "gpu" and config.devices * config.num_nodes > 1,
         deterministic=config.deterministic or None,
         benchmark=config.kind == "gpu" and not config.deterministic,
         enable_model_summary=False,
@@ -150,7 +171,7 @@ def build_trainer(
         default_root_dir=folder,
         callbacks=callbacks,
         logger=loggers,
-        plugins=[BackgroundCheckpointIO(), *_cluster()],
+        plugins=[BackgroundCheckpointIO(), *_cluster(), *_synchronised(config)],
         profiler=PyTorchProfiler(dirpath=folder, filename="profile") if profile else None,
     )
     _ask_nobody_for_signals(trainer)
@@ -171,7 +192,23 @@ def _cluster() -> list[SLURMEnvironment]:
     return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
+def _synchronised(config: TrainerConfig) -> list[LayerSync]:
+    """BatchNorm over all GPUs. Eager code takes torch's own: its kernels need less memory, though the host waits."""
+    if config.kind != "gpu" or config.devices * config.num_nodes == 1:
+        return []
+    return [TorchSyncBatchNorm() if config.way_to_compile == compiler.OFF else SyncBatchNorms()]
+
+
 def _strategy(config: TrainerConfig) -> Strategy | str:
     if config.devices * config.num_nodes == 1:
         return "auto"
-    return DDPStrategy(gradient_as_bucket_view=True, timeout=PATIENCE)
+    return DDPStrategy(gradient_as_bucket_view=True, timeout=PATIENCE, **_buffers(config.kind))
+
+
+def _buffers(kind: str) -> dict[str, Any]:
+    """On GPUs the ranks' buffers are equal, as BatchNorm's statistics are of all ranks and each computes them alike: no
+    need to send rank 0's round before every forward pass. On CPUs DDP does; they are evaluated and saved."""
+    named = "forward_sync_buffers"
+    if named not in signature(DistributedDataParallel).parameters:  # torch of before 2.14
+        named = "broadcast_buffers"
+    return {named: False} if kind == "gpu" else {}

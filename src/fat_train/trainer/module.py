@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
+from fat_train.model.compiled import graphs_of
 from fat_train.optim.adamw import AdamWConfig, clip_gradient, left_out
 from fat_train.schedule.cosine import CosineConfig
 from fat_train.task.step import StepKey, Task
@@ -36,8 +37,8 @@ class ValidationModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count one batch."""
-        del batch_idx
-        out = self.task.eval_step(batch)
+        with graphs_of(self.model, batch_idx):
+            out = self.task.eval_step(batch)
         self.val_metric.update(out.logits, out.targets)
         self.val_loss_sum.update(out.loss * len(out.targets))
 
