@@ -290,11 +290,12 @@ def weight_grad_kernel(
             for e in tl.static_range(STRIDE):
                 row = STRIDE * t + first_tap + e - PAD
                 is_row = is_channel & (row >= 0) & (row < height)
-                row_ptr = image_x_ptr + row * pitch
+                lane_ptr = image_x_ptr + row * pitch + ((STRIDE * column - PAD) * channels + c)
                 for v in tl.static_range(K):
                     in_column = STRIDE * column + v - PAD
                     is_there = is_row & (in_column >= 0) & (in_column < width)
-                    x = tl.load(row_ptr + (in_column * channels + c), is_there, 0).to(tl.float32)
+                    x = tl.load(lane_ptr, is_there, 0).to(tl.float32)
+                    lane_ptr += channels
                     for m in tl.static_range(WINDOW):
                         if e + STRIDE * m < TAP_ROWS:
                             total = sums[(e + STRIDE * m) * K + v] + window[m] * x
