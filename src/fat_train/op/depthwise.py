@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Size, Tensor
 from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
 
 from fat_train.op.choice import FUSED_DTYPES, compute_dtype, kernels_of, way_of
 from fat_train.op.layout import empty_map, is_channels_last
@@ -107,3 +109,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
 
 
 _forward.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.fat_train.depthwise_conv)
+def _(x: Size, weight: Size, bias: Size | None, stride: int, residual: bool, *, out_shape: Size, **_: Any) -> int:
+    return _flops(out_shape, weight[-1])
+
+
+@register_flop_formula(torch.ops.fat_train.depthwise_conv_input_grad)
+def _(grad: Size, weight: Size, height: int, width: int, stride: int, residual: bool, **_: Any) -> int:
+    return _flops(grad, weight[-1])
+
+
+@register_flop_formula(torch.ops.fat_train.depthwise_conv_weight_grad)
+def _(grad: Size, x: Size, kernel_size: int, stride: int, **_: Any) -> int:
+    return _flops(grad, kernel_size)
+
+
+def _flops(output: Size, kernel_size: int) -> int:
+    """Two for each output and tap, as torch counts a convolution; but its own count of a convolution's weight gradient
+    forgets the groups, and is C times this."""
+    return 2 * prod(output) * kernel_size**2
