@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,8 +68,19 @@ class OpConfig:
 REFERENCE = OpConfig(**dict.fromkeys(WAYS, "torch"))
 """Every operation by its definition."""
 
+
+class Seen(NamedTuple):
+    """An operation that was computed."""
+
+    operation: str
+    sizes: tuple[Any, ...]
+    way: str
+    """How."""
+
+
 _config = OpConfig()
 _fastest: dict[Key, str] = {}
+_seen: list[Seen] | None = None
 
 
 def use(config: OpConfig) -> None:
@@ -95,6 +106,17 @@ def prefer(fastest: Mapping[Key, str]) -> None:
     _fastest.update(fastest)
 
 
+@contextmanager
+def recording() -> Iterator[list[Seen]]:
+    """Note for a while what is computed, and how."""
+    global _seen  # noqa: PLW0603
+    before, _seen = _seen, []
+    try:
+        yield _seen
+    finally:
+        _seen = before
+
+
 def way_of(
     operation: str,
     x: Tensor,
@@ -117,9 +139,13 @@ def way_of(
     if way == AUTO:
         way = _fastest.get(key_of(operation, x, sizes), unmeasured) if _fastest else unmeasured
     device = x.device.type
-    if way == "torch" or device == "meta":
-        return "torch"
-    return way if DEVICE_OF.get(way, device) == device and can(way) else otherwise
+    if device == "meta":
+        way = "torch"
+    elif way != "torch" and not (DEVICE_OF.get(way, device) == device and can(way)):
+        way = otherwise
+    if _seen is not None:
+        _seen.append(Seen(operation, sizes, way))
+    return way
 
 
 def key_of(operation: str, x: Tensor, sizes: tuple[Any, ...]) -> Key:
