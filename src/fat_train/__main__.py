@@ -27,6 +27,7 @@ COMMANDS = {
     "submit": "the run as a SLURM job, a sweep as an array of them",
     "report": "curves and a table of a run, or of a sweep",
     "benchmark loader": "images per second of our loaders beside timm's, torchvision's and DALI's own",
+    "benchmark op": "every way of computing each operation at a model's sizes: what op=auto takes, and why",
     "benchmark checkpoint": "how long a training stands still for a checkpoint, and what saving costs it",
 }
 OPTIONS = ("--help", "--cfg", "--config-dir", "-m", "--multirun", "--cell")
