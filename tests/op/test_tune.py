@@ -156,7 +156,10 @@ def test_the_sentence_counts_ways_and_a_fixed_choice_is_not_handed_on() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_on_a_gpu_a_tuned_network_computes_what_the_definitions_compute(dtype: torch.dtype) -> None:
+def test_on_a_gpu_a_tuned_network_computes_what_the_definitions_compute(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # which a matrix product does not use by itself
     torch.manual_seed(0)
     config = FATConfig(name="tiny", widths=[32, 80, 160, 256], depths=[2, 2, 2, 1], num_heads=[2, 5, 10, 16])
     model = config.build(num_classes=10).to("cuda", memory_format=torch.channels_last)
