@@ -17,7 +17,7 @@ def run() -> int:
     kernels.ROUNDS = 1
     status = main(sys.argv[1:])
     rank = os.environ.get("LOCAL_RANK", "0")
-    fastest = {" ".join(key): way for key, way in choice._fastest.items()}
+    fastest = {" ".join(map(str, key)): way for key, way in choice._fastest.items()}
     (Path(os.environ["TOLD"]) / f"rank{rank}.json").write_text(json.dumps(fastest))
     return status
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fat_train.model.fat import FAT, FATConfig
 from fat_train.op import choice, table
 from fat_train.op.choice import REFERENCE
+from fat_train.op.pointwise import pointwise_conv
 from fat_train.op.table import Milliseconds, Row
 from fat_train.op.tune import NO_CASE, Case, _fastest, cases_of, copy_rate, tune
 
@@ -53,6 +54,19 @@ def test_what_was_measured_is_found_again_inside_autocast(model: FAT) -> None:
         model(x)
     ways = Counter(one.way for one in seen if one.operation == "pointwise")
     assert ways == {"gemm": sum(count for case, count in cases.items() if case.operation == "pointwise")}
+
+
+@pytest.mark.compile
+def test_a_compiled_graph_reads_the_table_without_a_break() -> None:
+    weight, bias = torch.randn(5, 8, 1, 1), torch.randn(5)
+    case = Case("pointwise", torch.float32, (4, 8, 6, 6, 5))
+    choice.prefer({case.key: "gemm"})
+    fast = torch.compile(lambda x: pointwise_conv(x, weight, bias), fullgraph=True, backend="aot_eager")
+    for images in (4, 3, 2):  # of which one is in the table
+        x = torch.randn(images, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+        with choice.recording() as seen:
+            torch.testing.assert_close(fast(x), pointwise_conv(x, weight, bias))
+        assert seen[-1].way == ("gemm" if images == 4 else "torch")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

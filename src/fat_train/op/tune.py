@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fat_train.op.attention import attention
-from fat_train.op.choice import DEVICE_OF, REFERENCE, WAYS, Key, OpConfig, recording, using
+from fat_train.op.choice import DEVICE_OF, REFERENCE, WAYS, Key, OpConfig, key_of, recording, using
 from fat_train.op.depthwise import depthwise_conv
 from fat_train.op.group_norm import whole_map_norm
 from fat_train.op.interaction import interaction
@@ -46,7 +46,7 @@ class Case(NamedTuple):
     @property
     def key(self) -> Key:
         """Its row in a table."""
-        return (self.operation, str(self.dtype), *map(str, self.sizes))
+        return key_of(self.operation, self.dtype, self.sizes)
 
 
 @dataclass(frozen=True)
