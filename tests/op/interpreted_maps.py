@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import import_module
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -13,6 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fat_train.model.fat import FATConfig, InteractionConfig
+from fat_train.op import choice
+from fat_train.op import group_norm as ops_norm
+from fat_train.op import interaction as ops_interaction
+from fat_train.op.choice import OpConfig
 from fat_train.op.triton import group_norm, interaction
 
 SHAPES = [(3, 7, 5, 9), (2, 80, 7, 9), (1, 33, 31, 17), (5, 64, 1, 1), (2, 1, 3, 3), (1, 2500, 2, 1)]
@@ -60,6 +66,41 @@ def interaction_definition(q: Tensor, g: Tensor, both_ways: bool) -> Tensor:
     return y / (1 + torch.exp(-local)) if both_ways else y
 
 
+def network_errors(gate: str) -> list[float]:
+    """Of a whole network's logits and gradients against its definitions, both in float32."""
+    settings = InteractionConfig(gate=gate)
+    config = FATConfig(
+        name="tiny", widths=[8, 24, 16, 16], depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 2], interaction=settings
+    )
+    model = config.build(num_classes=3).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 64, 48)
+    results = []
+    for ways in (OpConfig(norm="triton", interaction="triton"), choice.REFERENCE):
+        with choice.using(ways), choice.recording() as seen:
+            logits = model(x)
+        taken = {one.way for one in seen if one.operation in ("norm", "interaction")}
+        assert taken == {ways.norm}
+        gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+        results.append((logits.detach(), *gradients))
+    pairs = [(ours, right) for ours, right in zip(*results, strict=True) if right.abs().max() > 1e-2]
+    assert len(pairs) > 50, "the others are biases before a norm, whose gradients are nothing but rounding"
+    return [float((ours - right).abs().max() / right.abs().max()) for ours, right in pairs]
+
+
+def let_a_cpu_run_the_kernels() -> None:
+    choice.DEVICE_OF.pop("triton")
+    for operation in (ops_norm, ops_interaction):
+        operation.kernels_of = lambda _, name: import_module(f"fat_train.op.triton.{name}")
+
+
+def check_registration() -> None:
+    """torch's own rules for operations: fakes, gradients, results that share no memory."""
+    x = random_map((2, 8, 6, 5), torch.float32).requires_grad_()
+    weight, bias = (torch.randn(8).requires_grad_() for _ in range(2))
+    torch.library.opcheck(torch.ops.fat_train.whole_map_norm.default, (x, weight, bias, 1e-5))
+    torch.library.opcheck(torch.ops.fat_train.interaction.default, (x, x.detach().clone().requires_grad_(), True))
+
+
 def main() -> None:
     torch.manual_seed(0)
     errors: dict[str, list[float]] = {}
@@ -86,6 +127,10 @@ def main() -> None:
     errors["interaction float32 extreme"] = interaction_errors(extreme, extreme, torch.ones_like(extreme), True)
     again = [group_norm.grad(x, x, torch.ones(32), *torch.ones(2, 2)) for _ in range(2)]
     errors["norm float32 twice"] = worst(again[1], tuple(one.double() for one in again[0]))
+    let_a_cpu_run_the_kernels()
+    check_registration()
+    for gate in ("released", "paper"):
+        errors[f"network {gate}"] = network_errors(gate)
     empty = torch.empty(0, 4, 3, 3)
     group_norm.forward(empty, torch.ones(4), torch.ones(4), 1e-5)
     assert not group_norm.grad(empty, empty, torch.ones(4), torch.empty(0), torch.empty(0))[1].any()

@@ -226,7 +226,7 @@ def grad(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) ->
         grad_kernel[(len(x) * splits,)](
             *given, out, *shared, BLOCK=block, SPLITS=triton.next_power_of_2(splits), num_warps=NUM_WARPS
         )
-        of_weight, of_bias = of_channel.sum(dim=1)
+        of_weight, of_bias = (parts.sum(dim=0) for parts in of_channel)  # an operation's results may not share memory
     return out, of_weight, of_bias
 
 
