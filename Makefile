@@ -8,7 +8,7 @@ TEST_PROCESSES ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu check format clean
+.PHONY: help setup demo test test-slow test-gpu bench-gpu check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +33,11 @@ test-slow: $(READY) ## the tests that take longer
 	$(PYTEST) -m 'slow and not gpu'
 
 test-gpu: $(READY) ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m 'gpu and not compile'
+	JAXTYPING_DISABLE=1 $(BIN)/python -m pytest -m 'gpu and compile'
+
+bench-gpu: $(READY) ## on a machine with a GPU: its tests and every benchmark, appended to docs/log.md
+	@$(BIN)/python -m fat_train benchmark all tests=tests log=docs/log.md
 
 check: $(READY) ## lint, types, import layers
 	$(BIN)/ruff check .

@@ -28,6 +28,8 @@ COMMANDS = {
     "report": "curves and a table of a run, or of a sweep",
     "benchmark loader": "images per second of our loaders beside timm's, torchvision's and DALI's own",
     "benchmark step": "where the time of a training step goes, what bounds the run, what to change",
+    "benchmark op": "every way of computing each operation at a model's sizes: what op=auto takes, and why",
+    "benchmark all": "tests and benchmarks of a machine with a GPU, their tables appended to a log",
     "benchmark checkpoint": "how long a training stands still for a checkpoint, and what saving costs it",
 }
 OPTIONS = ("--help", "--cfg", "--config-dir", "-m", "--multirun", "--cell")

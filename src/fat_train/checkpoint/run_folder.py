@@ -57,6 +57,11 @@ class RunFolder:
         return self.root / "metrics.csv"
 
     @property
+    def kernels(self) -> Path:
+        """Which way each operation is computed, where that was measured."""
+        return self.root / "kernels.json"
+
+    @property
     def config(self) -> Path:
         """The resolved configuration of the newest start."""
         return self.root / "config.yaml"
@@ -105,9 +110,8 @@ class RunFolder:
 
     def files(self) -> list[Path]:
         """What a former run left here that a fresh start would mix with its own."""
-        beside = (
-            self.root / name for name in ("metrics.csv", "config.yaml", "curves.png", "report.md", "wandb_id.txt")
-        )
+        names = ("metrics.csv", "config.yaml", "kernels.json", "curves.png", "report.md", "wandb_id.txt")
+        beside = (self.root / name for name in names)
         events = (self.root / "tensorboard").glob("events.out.tfevents.*")
         faults = (file for pattern in ("nonfinite_update_*.pt", "hang_rank*.txt") for file in self.root.glob(pattern))
         return [*self.checkpoints.glob("*.ckpt"), *events, *faults, *(file for file in beside if file.exists())]

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
+from fat_train.callback.kernels import load_stored
 from fat_train.config.resolve import resolve
 from fat_train.config.run import Problems, RunConfig, resolve_run
 from fat_train.data.datamodule import DataSource, choose_backend, open_data
 from fat_train.data.index import FileIndex
 from fat_train.model.compiled import compile_model
-from fat_train.op.choice import use
+from fat_train.op.choice import prefer, use
 from fat_train.task.classification import Classification
 from fat_train.trainer.build import TrainerConfig
 from fat_train.trainer.loaders import RunLoaders
@@ -99,8 +100,9 @@ def plan_of(config: RunConfig, source: DataSource) -> RunPlan:
 
 def build_task(config: RunConfig, num_classes: int) -> Classification:
     """Model, loss and augmentation as one task; the model in its memory format, on the CPU. From here on this process
-    computes the operations as `op` says."""
+    computes the operations as `op` says, on a GPU by what was measured there."""
     use(config.op)
+    prefer(load_stored(device_of(config)).fastest() if config.trainer.kind == "gpu" else {})
     model = config.model.build(num_classes=num_classes)
     if config.trainer.channels_last:
         model = model.to(memory_format=torch.channels_last)

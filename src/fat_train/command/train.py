@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 
 from fat_train.callback.checkpoint import delete_dropped
+from fat_train.callback.kernels import Kernels
 from fat_train.callback.preemption import LeaveRequest
 from fat_train.checkpoint.provenance import provenance
 from fat_train.checkpoint.run_folder import RunFolder, StartingPoint
@@ -79,15 +80,18 @@ def _fit(
         epochs=plan.epochs,
         accumulate=plan.accumulate,
         clip_grad_norm=config.optim.clip_grad_norm,
-        callbacks=config.callback.build(
-            folder=folder,
-            request=request,
-            images_per_update=plan.global_batch,
-            steps_per_epoch=plan.steps_per_epoch,
-            epochs=plan.epochs,
-            log_every_n_steps=config.trainer.log_every_n_steps,
-            val_every_n_epochs=config.trainer.val_every_n_epochs,
-        ),
+        callbacks=[
+            _kernels(config, plan, folder),
+            *config.callback.build(
+                folder=folder,
+                request=request,
+                images_per_update=plan.global_batch,
+                steps_per_epoch=plan.steps_per_epoch,
+                epochs=plan.epochs,
+                log_every_n_steps=config.trainer.log_every_n_steps,
+                val_every_n_epochs=config.trainer.val_every_n_epochs,
+            ),
+        ],
         loggers=config.logger.build(folder.root, config.name, values, wandb_id) if is_rank_zero() else [],
         max_batches=plan.steps_per_epoch * plan.accumulate,
         max_val_batches=config.debug.max_val_batches or None,
@@ -104,6 +108,16 @@ def _fit(
             raise
         complain(f"{lost}\nWhen all processes have ended, the same commands go on from the last checkpoint")
         raise UnfinishedRunError(lost, status=1) from error
+
+
+def _kernels(config: RunConfig, plan: RunPlan, folder: RunFolder) -> Kernels:
+    return Kernels(
+        config.op,
+        folder.kernels,
+        image_px=config.data.image_px,
+        batch_per_device=plan.batch_per_device,
+        deterministic=config.trainer.deterministic,
+    )
 
 
 def _provenance(values: dict[str, Any], config: RunConfig, source: DataSource, plan: RunPlan) -> dict[str, Any]:

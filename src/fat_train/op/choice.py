@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ DEVICE_OF = {"native": "cpu", "onednn": "cpu", "triton": "cuda"}
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What our CUDA kernels read and write."""
 Key = tuple[str, ...]
-"""Of a table's row: operation, then its sizes, as text."""
+"""Of a table's row: operation, type, then its sizes, as text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,19 @@ class OpConfig:
 REFERENCE = OpConfig(**dict.fromkeys(WAYS, "torch"))
 """Every operation by its definition."""
 
+
+class Seen(NamedTuple):
+    """An operation that was computed."""
+
+    operation: str
+    sizes: tuple[Any, ...]
+    way: str
+    """How."""
+
+
 _config = OpConfig()
-_fastest: dict[Key, str] = {}
+_fastest: dict[tuple[Any, ...], str] = {}  # by operation, type and sizes as they are: Dynamo reads no text of them
+_seen: list[Seen] | None = None
 
 
 def use(config: OpConfig) -> None:
@@ -92,7 +103,18 @@ def using(config: OpConfig) -> Iterator[None]:
 def prefer(fastest: Mapping[Key, str]) -> None:
     """Let `auto` take what was measured to be the fastest, by operation and sizes (`tune`)."""
     _fastest.clear()
-    _fastest.update(fastest)
+    _fastest.update({_parsed(key): way for key, way in fastest.items()})
+
+
+@contextmanager
+def recording() -> Iterator[list[Seen]]:
+    """Note for a while what is computed, and how."""
+    global _seen  # noqa: PLW0603
+    before, _seen = _seen, []
+    try:
+        yield _seen
+    finally:
+        _seen = before
 
 
 def way_of(
@@ -115,16 +137,30 @@ def way_of(
     """
     way: str = getattr(_config, operation)
     if way == AUTO:
-        way = _fastest.get(key_of(operation, x, sizes), unmeasured) if _fastest else unmeasured
+        way = _fastest.get((operation, compute_dtype(x), *sizes), unmeasured) if _fastest else unmeasured
     device = x.device.type
-    if way == "torch" or device == "meta":
-        return "torch"
-    return way if DEVICE_OF.get(way, device) == device and can(way) else otherwise
+    if device == "meta":
+        way = "torch"
+    elif way != "torch" and not (DEVICE_OF.get(way, device) == device and can(way)):
+        way = otherwise
+    if _seen is not None:
+        _seen.append(Seen(operation, sizes, way))
+    return way
 
 
-def key_of(operation: str, x: Tensor, sizes: tuple[Any, ...]) -> Key:
+def key_of(operation: str, dtype: torch.dtype, sizes: tuple[Any, ...]) -> Key:
     """The row of a table of measurements."""
-    return (operation, str(compute_dtype(x)), *map(str, sizes))
+    return (operation, str(dtype), *map(str, sizes))
+
+
+def _parsed(key: Key) -> tuple[Any, ...]:
+    operation, dtype, *sizes = key
+    flags = {"True": True, "False": False}
+    return (
+        operation,
+        getattr(torch, dtype.removeprefix("torch.")),
+        *(flags[size] if size in flags else int(size) for size in sizes),
+    )
 
 
 def kernels_of(x: Tensor, operation: str) -> ModuleType:
