@@ -27,6 +27,8 @@ class Stream(NamedTuple):
     """Each step does one piece and says how many images that was."""
     facts: dict[str, Any]
     """What it works on, for the record and for a proof that all work on the same."""
+    rest: Callable[[], None] = int
+    """Called at the end of each turn, outside the clock: what it holds beyond its need goes back for the others."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,9 @@ def _serve(connection: Connection, open_stream: Callable[[], Stream]) -> None:
         stream = open_stream()
         connection.send(stream.facts)
         while True:
-            connection.send(_measure(stream.work, *connection.recv()))
+            rate = _measure(stream.work, *connection.recv())
+            stream.rest()
+            connection.send(rate)
     except (EOFError, BrokenPipeError):
         pass  # the race is over
     except (UserError, ImportError) as error:
