@@ -27,6 +27,7 @@ COMMANDS = {
     "submit": "the run as a SLURM job, a sweep as an array of them",
     "report": "curves and a table of a run, or of a sweep",
     "benchmark loader": "images per second of our loaders beside timm's, torchvision's and DALI's own",
+    "benchmark model": "images per second in training and inference, beside the plain equations and timm's models",
     "benchmark checkpoint": "how long a training stands still for a checkpoint, and what saving costs it",
 }
 OPTIONS = ("--help", "--cfg", "--config-dir", "-m", "--multirun", "--cell")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +42,6 @@ class StepCost:
     def bytes(self, bytes_per_element: int) -> int:
         """Of all operands and results at the precision of the arithmetic, and what the optimiser passes over."""
         return self.elements * bytes_per_element + (4 * ADAMW_PASSES * self.parameters if self.trains else 0)
-
-    def floor_s(self, flops_per_s: float, bytes_per_s: float, bytes_per_element: int) -> float:
-        """Seconds: the longer of computing at the device's GEMM rate and moving at its copy rate."""
-        return max(self.flops / flops_per_s, self.bytes(bytes_per_element) / bytes_per_s)
 
 
 class _Counter(TorchDispatchMode):
@@ -128,6 +124,6 @@ class DeviceRates:
     flops_per_s: float = math.nan
     bytes_per_s: float = math.nan
 
-    def as_facts(self) -> Mapping[str, float]:
-        """For the record."""
-        return {"gemm_gflops_per_s": self.flops_per_s / 1e9, "copy_gb_per_s": self.bytes_per_s / 1e9}
+    def floor_s(self, flops: float, moved_bytes: float) -> float:
+        """Seconds: the longer of computing at the GEMM rate and moving at the copy rate."""
+        return max(flops / self.flops_per_s, moved_bytes / self.bytes_per_s)
