@@ -37,7 +37,14 @@ PIECE_S = 0.25
 of what is timed."""
 WARM_STEPS = 2
 """Steps after the first one, before the memory is read: kernels are chosen and buffers taken by then."""
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "Cannot allocate memory")
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "could not create a primitive",
+)
+"""What torch and the libraries below it say on a CPU; the last is oneDNN's, of a buffer that it cannot have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +143,9 @@ def open_model(job: ModelJob) -> Stream:
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-        if batch == 1:
-            raise UserError(f"not enough memory for a single image of {job.image_px} px")
+            if batch == 1:
+                why = str(error).strip().splitlines()[0]
+                raise UserError(f"not enough memory for a single image of {job.image_px} px ({why})") from error
         batch //= 2
         gc.collect()  # what hung on the exception, with its frames
         if job.device == "cuda":

@@ -21,8 +21,8 @@ ADAMW_PASSES = 7
 """Times that AdamW passes over memory as large as the parameters: it reads weight, gradient and two moments and writes
 the weight and the moments."""
 GEMM_SIDE = {"cpu": 1536, "cuda": 8192}
-COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}
-"""More than any cache holds."""
+COPIED_BYTES = {"cpu": 2**27, "cuda": 2**31}
+"""More than caches hold."""
 
 
 @dataclass(frozen=True)
@@ -127,3 +127,11 @@ class DeviceRates:
     def floor_s(self, flops: float, moved_bytes: float) -> float:
         """Seconds: the longer of computing at the GEMM rate and moving at the copy rate."""
         return max(flops / self.flops_per_s, moved_bytes / self.bytes_per_s)
+
+    def best(self, flops_per_s: float, bytes_per_s: float) -> DeviceRates:
+        """With another measurement; what is not a number is passed over."""
+        return DeviceRates(_larger(self.flops_per_s, flops_per_s), _larger(self.bytes_per_s, bytes_per_s))
+
+
+def _larger(one: float, other: float) -> float:
+    return max((rate for rate in (one, other) if not math.isnan(rate)), default=math.nan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -67,7 +68,7 @@ def heats_of(
         for config in models:
             named = [name for name in contestants if mode != "train" or "folded" not in name]
             jobs = [replace(job, contestant=name, name=config.name, config=config) for name in named]
-            heats.append(Heat(jobs, _reference_of(jobs), asks_device=not heats))
+            heats.append(Heat(jobs, _reference_of(jobs), asks_device=config is models[0]))
         reference = [one for one in (_reference_of(heats[-len(models)].jobs),) if one is not None]
         others = [
             replace(job, contestant="peer", name=name, config=None, image_px=peer.image_px or job.image_px)
@@ -116,7 +117,7 @@ def run_heats(
     """One race after another.
 
     Args:
-        heats: who; the device's rates of one of them hold for all.
+        heats: who; the device's best rates hold for all.
         top1_of: name of a model -> its published top-1, if there is one.
         rounds: turns of each that count.
         seconds: of a turn.
@@ -129,8 +130,8 @@ def run_heats(
             contestants += device_contestants(heat.jobs[0])
         outcomes = race(contestants, rounds=rounds, seconds=seconds, discard=1, on_turn=on_turn)
         if heat.asks_device:
-            gemm, copied = (max(outcome.rates, default=float("nan")) for outcome in outcomes[len(heat.jobs) :])
-            raced.device = DeviceRates(gemm, copied)
+            gemm, copied = (max(outcome.rates, default=math.nan) for outcome in outcomes[len(heat.jobs) :])
+            raced.device = raced.device.best(gemm, copied)
         pairs = list(zip(heat.jobs, outcomes, strict=False))
         reference = next((outcome for job, outcome in pairs if job is heat.reference), None)
         raced.results += [

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from fat_train.benchmark.model_result import Growth, Result
 from fat_train.benchmark.model_table import MODE_WORDS
@@ -32,6 +32,7 @@ MARKERS = dict(zip(COLOURS, "xdo^sPD", strict=True))
 GRID = "#EAEAEA"
 LABEL_APART = 0.035
 """Least distance between two labels, as a share of the panel's height."""
+FEW_TICKS = 3
 AXES = {"batch": "images of a batch", "pixels": "pixels of an image", "blocks": "blocks of the network"}
 
 
@@ -198,5 +199,12 @@ def _label_points(axes: Axes, shown: Sequence[Result]) -> None:
 
 
 def _plain_numbers(axes: Axes) -> None:
+    """Round numbers along a logarithmic axis, however little of it is shown."""
+    low, high = axes.get_xlim()
+    ticks = [step * 10.0**power for power in range(-2, 7) for step in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    if len(ticks) < FEW_TICKS:
+        ticks = [tick for tick in MaxNLocator(FEW_TICKS + 1).tick_values(low, high) if low <= tick <= high]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter("{x:,g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())

@@ -89,9 +89,14 @@ def verdicts(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def exceptions(results: Sequence[Result]) -> list[str]:
-    """Which batches were made smaller, and who has no numbers, with the reason."""
+def exceptions(results: Sequence[Result], device: DeviceRates) -> list[str]:
+    """Which batches were made smaller, who has no numbers and why, and whether the floor can be believed."""
     lines = []
+    if any(one.share(device) > 1 for one in results):
+        lines.append(
+            "floor: over 100 % somewhere: the caches hold that network, or the machine had other work while the "
+            "device's own rates were measured"
+        )
     for one in results:
         who = f"{one.who}, {MODE_WORDS[one.job.mode]}"
         if not one.finished:
@@ -105,12 +110,14 @@ def terminal_tables(results: Sequence[Result], device: DeviceRates) -> list[Tabl
     """For a terminal, one a mode."""
     tables = []
     for mode in dict.fromkeys(result.job.mode for result in results):
-        table = Table("network", title=MODE_WORDS[mode].capitalize(), title_justify="left")
-        for name in NUMBERS:
+        here = [result for result in results if result.job.mode == mode]
+        shown = len(NUMBERS) if any(result.job.compiles for result in here) else len(NUMBERS) - 1
+        table = Table(title=MODE_WORDS[mode].capitalize(), title_justify="left")
+        table.add_column("network", no_wrap=True)
+        for name in NUMBERS[:shown]:
             table.add_column(name, justify="right", no_wrap=True)
-        for result in results:
-            if result.job.mode == mode:
-                table.add_row(result.who, *numbers_of(result, device))
+        for result in here:
+            table.add_row(result.who, *numbers_of(result, device)[:shown])
         tables.append(table)
     return tables
 

@@ -141,7 +141,8 @@ def run(tree: DictConfig) -> Raced:
     top1_of |= {name: peer.top1 for name, peer in peers.items()}
 
     facts = machine_facts(out.parent)
-    cores = f"{facts['CPU cores']} cores, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cores = f"{facts['CPU cores']} cores, {threads} thread{'s' * (threads > 1)}"
     machine = f"{facts['GPU 0'] if settings.kind == 'cuda' else cores}, torch {facts['torch']}"
     template = settings.template()
     say(f"machine        {machine}")
@@ -157,7 +158,7 @@ def run(tree: DictConfig) -> Raced:
     lines = [
         f"device: {raced.device.flops_per_s / 1e9:,.0f} GFLOP/s in a matrix product at precision {settings.precision}, "
         f"{raced.device.bytes_per_s / 1e9:,.1f} GB/s in a copy (read and written together)",
-        *exceptions(raced.results),
+        *exceptions(raced.results, raced.device),
         *verdicts(raced.results),
         *(f"{models[0].name} {growth.line()}" for several in growths.values() for growth in several),
     ]
