@@ -75,17 +75,15 @@ def test_sentences_name_the_fastest_of_ours_and_who_is_better_in_both() -> None:
 
 
 def test_a_smaller_batch_a_failure_and_a_floor_that_was_beaten_are_said() -> None:
-    lines = exceptions(RESULTS, DEVICE)
-    assert lines == [
-        "fat_x ours_compiled, training: no memory for a batch of 8, timed with 2",
-        "gone, training: not timed: it died",
-    ] or lines[0].startswith("floor: over 100 %")
+    floor, halved, failed = exceptions(RESULTS, DEVICE)
+    assert floor.startswith("floor: over 100 %")  # of "weak", whose 8 images took 89 of 200 ms
+    assert halved == "fat_x ours_compiled, training: no memory for a batch of 8, timed with 2"
+    assert failed == "gone, training: not timed: it died"
     assert exceptions(RESULTS[:2], DEVICE) == []
-    assert exceptions(RESULTS[:2], DeviceRates(2e9, 1e8))[0].startswith("floor: over 100 %")
 
 
 def test_tables_hold_every_result_and_csv_has_timms_columns() -> None:
-    console = Console(file=io.StringIO(), width=80)
+    console = Console(file=io.StringIO(), width=120)
     for table in terminal_tables(RESULTS, DEVICE):
         console.print(table)
     printed = console.file.getvalue()  # type: ignore[attr-defined]

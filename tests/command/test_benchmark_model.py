@@ -59,7 +59,7 @@ def test_the_published_top1_is_that_of_the_paper_and_of_no_changed_model() -> No
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["model=fat_b9"], "model=fat_b9: no such choice; did you mean fat_b0?"),
+        (["model=fat_b9"], "model=fat_b9: no such choice; did you mean fat_b"),
         (["models=[fat_b0,fat_bb]"], "unknown model fat_bb; did you mean fat_b"),
         (["contestants=[our]"], "contestants=our is not known; did you mean ours?"),
         (["contestants=[ours,ours]"], "contestants must name at least one, and none twice"),

@@ -113,7 +113,7 @@ def terminal_tables(results: Sequence[Result], device: DeviceRates) -> list[Tabl
         here = [result for result in results if result.job.mode == mode]
         shown = len(NUMBERS) if any(result.job.compiles for result in here) else len(NUMBERS) - 1
         table = Table(title=MODE_WORDS[mode].capitalize(), title_justify="left")
-        table.add_column("network", no_wrap=True)
+        table.add_column("network")
         for name in NUMBERS[:shown]:
             table.add_column(name, justify="right", no_wrap=True)
         for result in here:
