@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from fat_train.benchmark.model_result import Growth, Result
 from fat_train.benchmark.model_table import MODE_WORDS
@@ -30,9 +32,10 @@ COLOURS = {
 """Of Okabe and Ito; every contestant has its marker too."""
 MARKERS = dict(zip(COLOURS, "xdo^sPD", strict=True))
 GRID = "#EAEAEA"
-LABEL_APART = 0.035
-"""Least distance between two labels, as a share of the panel's height."""
+LABELLED_SHARE = 0.88
+"""Of a panel's width and height that the axes enclose, about."""
 FEW_TICKS = 3
+Box = tuple[float, float, float, float]
 AXES = {"batch": "images of a batch", "pixels": "pixels of an image", "blocks": "blocks of the network"}
 
 
@@ -62,7 +65,7 @@ def draw_accuracy(results: Sequence[Result], title: str, out_png: Path) -> Path 
         axes.set_xscale("log")
         axes.margins(0.12)
         _label_points(axes, shown)
-        _plain_numbers(axes)
+        _plain_numbers(axes.xaxis)
         axes.set_title(MODE_WORDS[mode], fontsize=12, loc="left")
         axes.set_xlabel("images per second", fontsize=11)
         axes.set_ylabel("published top-1, %", fontsize=11)
@@ -140,8 +143,7 @@ def draw_growth(growths: Mapping[str, Sequence[Growth]], title: str, out_png: Pa
         else:
             axes.xaxis.set_major_formatter("{x:.0f}")
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _plain_numbers(axes.yaxis)
         axes.set_xlabel(AXES[axis], fontsize=11)
         axes.set_ylabel("time of a step, ms", fontsize=11)
         axes.legend(frameon=False, fontsize=10, loc="upper left")
@@ -171,40 +173,55 @@ def _modes_of(results: Sequence[Result]) -> list[str]:
 
 
 def _label_points(axes: Axes, shown: Sequence[Result]) -> None:
-    """Beside each point; of ours one label a model, at its fastest form. Labels that would touch move upwards."""
-    fastest: dict[str, Result] = {}
-    for one in shown:
-        if one.job.name not in fastest or one.outcome.rate > fastest[one.job.name].outcome.rate:
-            fastest[one.job.name] = one
+    """Beside each point, on the first side where no point and no other label is; of ours at each model's fastest form.
+
+    Ours are placed first; a name that finds no room stays away, the table has it.
+    """
     bottom, top = axes.get_ylim()
     left, right = np.log(axes.get_xlim())
-    taken: list[tuple[float, float]] = []
-    for one in sorted(fastest.values(), key=lambda one: one.top1 or 0.0):
-        x = (math.log(one.outcome.rate) - left) / (right - left)
-        y = ((one.top1 or 0.0) - bottom) / (top - bottom)
-        while any(abs(y - other) < LABEL_APART and abs(x - beside) < 0.3 for beside, other in taken):
-            y += LABEL_APART / 4
-        taken.append((x, y))
+    wide, high = 72 * LABELLED_SHARE * PANEL_INCH[0], 72 * LABELLED_SHARE * PANEL_INCH[1]  # of the panel, points
+
+    def place(one: Result) -> tuple[float, float]:
+        top1 = one.top1 or bottom
+        return wide * (math.log(one.outcome.rate) - left) / (right - left), high * (top1 - bottom) / (top - bottom)
+
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in map(place, shown)]
+    fastest: dict[str, Result] = {}
+    for one in sorted(shown, key=lambda one: one.outcome.rate):
+        fastest[one.job.name] = one
+    for one in sorted(fastest.values(), key=lambda one: one.job.contestant == "peer"):
         is_ours = one.job.contestant != "peer"
-        axes.annotate(
-            one.job.name.removesuffix("_224"),
-            (one.outcome.rate, one.top1 or 0.0),
-            xytext=(x + 0.012, y),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=10 if is_ours else 7,
-            fontweight="bold" if is_ours else "normal",
-            color=COLOURS["ours"] if is_ours else "#444444",
-        )
+        text, size = re.sub(r"(_patch\d+)?(_window\d+)?_224$", "", one.job.name), 10 if is_ours else 7
+        x, y = place(one)
+        width, height = (0.62 if is_ours else 0.56) * size * len(text), 1.1 * size
+        for across, along in ((7, 0), (-7 - width, 0), (-width / 2, 10), (-width / 2, -10), (5, 8), (5, -8)):
+            box = (x + across, y + along - height / 2, x + across + width, y + along + height / 2)
+            own = (x - 4, y - 4, x + 4, y + 4)
+            if box[0] >= 0 and box[2] <= wide and not any(_overlap(box, other) for other in taken if other != own):
+                taken.append(box)
+                axes.annotate(
+                    text,
+                    (box[0] / wide, (y + along) / high),
+                    xycoords="axes fraction",
+                    va="center",
+                    fontsize=size,
+                    fontweight="bold" if is_ours else "normal",
+                    color=COLOURS["ours"] if is_ours else "#444444",
+                )
+                break
 
 
-def _plain_numbers(axes: Axes) -> None:
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _plain_numbers(axis: Axis) -> None:
     """Round numbers along a logarithmic axis, however little of it is shown."""
-    low, high = axes.get_xlim()
-    ticks = [step * 10.0**power for power in range(-2, 7) for step in (1, 2, 5)]
+    low, high = axis.get_view_interval()
+    ticks = [step * 10.0**power for power in range(-2, 9) for step in (1, 2, 5)]
     ticks = [tick for tick in ticks if low <= tick <= high]
     if len(ticks) < FEW_TICKS:
         ticks = [tick for tick in MaxNLocator(FEW_TICKS + 1).tick_values(low, high) if low <= tick <= high]
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_major_formatter("{x:,g}")
-    axes.xaxis.set_minor_locator(NullLocator())
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:,.4g}" if tick < 1000 else f"{tick:,.0f}"))
+    axis.set_minor_locator(NullLocator())
