@@ -37,6 +37,9 @@ PIECE_S = 0.25
 of what is timed."""
 WARM_STEPS = 2
 """Steps after the first one, before the memory is read: kernels are chosen and buffers taken by then."""
+NO_ROOM = "not enough memory"
+KILLED = tuple(f"its process ended with status {status}" for status in (-9, 137))
+"""What a race says of a process that the system ended for its size."""
 OUT_OF_MEMORY = (
     "can't allocate memory",
     "not enough memory",
@@ -116,9 +119,24 @@ def folded(model: nn.Module) -> nn.Module:
     return model.eval().reparameterize()  # type: ignore[operator]
 
 
-def contestant_of(job: ModelJob) -> Contestant:
-    """As a race takes it."""
-    return Contestant(f"{job.name} {job.contestant}", partial(open_model, job))
+def contestant_of(job: ModelJob, asked: int | None = None) -> Contestant:
+    """As a race takes it; a batch that memory has no room for is halved until it has, each try a process of its own.
+
+    oneDNN keeps the error of a buffer that it could not have and makes no further kernel, and a system may end a
+    process for its size: so that none goes on after that.
+
+    Args:
+        job: what to do.
+        asked: images that were asked for, where `job` has fewer.
+    """
+    asked = job.batch_size if asked is None else asked
+    return Contestant(f"{job.name} {job.contestant}", partial(open_model, job, asked), partial(_halved, job, asked))
+
+
+def _halved(job: ModelJob, asked: int, why: str) -> Contestant | None:
+    if job.batch_size == 1 or not why.startswith((NO_ROOM, *KILLED)):
+        return None
+    return contestant_of(replace(job, batch_size=job.batch_size // 2), asked)
 
 
 def device_contestants(job: ModelJob) -> list[Contestant]:
@@ -130,26 +148,24 @@ def device_contestants(job: ModelJob) -> list[Contestant]:
     ]
 
 
-def open_model(job: ModelJob) -> Stream:
-    """Build the network, do the first steps, count; a batch that memory has no room for is halved until it has.
+def open_model(job: ModelJob, asked: int) -> Stream:
+    """Build the network, do the first steps, count.
+
+    Args:
+        job: what to do.
+        asked: images of a step that the user asked for.
 
     Raises:
-        UserError: not even one image has room, or the contestant does not have what it is asked for.
+        UserError: the batch has no room, or the contestant does not have what it is asked for.
     """
-    batch = job.batch_size
-    while True:
-        try:
-            return _open(replace(job, batch_size=batch), asked=job.batch_size)
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            if batch == 1:
-                why = str(error).strip().splitlines()[0]
-                raise UserError(f"not enough memory for a single image of {job.image_px} px ({why})") from error
-        batch //= 2
-        gc.collect()  # what hung on the exception, with its frames
-        if job.device == "cuda":
-            torch.cuda.empty_cache()
+    try:
+        return _open(job, asked)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        images = f"batch of {job.batch_size} images" if job.batch_size > 1 else "single image"
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{NO_ROOM} for a {images} of {job.image_px} px ({why})") from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:
