@@ -14,38 +14,46 @@ from fat_train.config.resolve import resolve
 from fat_train.config.zoo import load_model_node
 
 
-@pytest.mark.slow  # about twenty processes that import torch, one after another
-def test_a_benchmark_of_a_small_model_beside_a_peer_with_its_scaling(
+def _words(out: Path, *others: str) -> list[str]:
+    small = ["model=fat_nano", "image_px=32", "batch_size=4", "rounds=2", "seconds=0.05", "device=cpu", f"out={out}"]
+    return ["benchmark", "model", *small, *others]
+
+
+@pytest.mark.slow  # six processes that import torch, one after another
+def test_every_contestant_and_peer_has_a_rate_beside_the_reference(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "speed.json"
-    words = ["model=fat_nano", "image_px=32", "batch_size=4", "rounds=2", "seconds=0.05", "device=cpu", f"out={out}"]
-    words += ["contestants=[reference,ours]", "modes=[infer,latency]", "peers=[regnety_002]", "scaling=true"]
-    assert main(["benchmark", "model", *words]) == 0
-    printed = capsys.readouterr().out
-    assert "fat_nano inference: " in printed
-    assert "fat_nano latency of one image: " in printed
-    assert "the time of a step grows as pixels^" in printed
+    words = _words(out, "contestants=[reference,ours]", "modes=[latency]", "peers=[regnety_002]")
+    assert main(words) == 0
+    assert "fat_nano latency of one image: " in capsys.readouterr().out
     kept = json.loads(out.read_text())
-    assert [(one["model"], one["contestant"], one["mode"]) for one in kept["results"]] == [
-        (model, contestant, mode)
-        for mode in ("infer", "latency")
-        for model, contestant in (("fat_nano", "reference"), ("fat_nano", "ours"), ("regnety_002", "peer"))
-    ]
+    names = [("fat_nano", "reference"), ("fat_nano", "ours"), ("regnety_002", "peer")]
+    assert [(one["model"], one["contestant"]) for one in kept["results"]] == names
     for one in kept["results"]:
         assert one["why_not"] == ""
         assert len(one["rates"]) == 2
         assert one["samples_per_s"] > 0
         assert one["ratio_to_reference"] > 0
-        assert one["batch_size"] == (1 if one["mode"] == "latency" else 4)
+        assert (one["mode"], one["batch_size"]) == ("latency", 1)
     assert min(kept["device"].values()) > 0
-    assert {(one["axis"], one["contestant"]) for one in kept["scaling"]} == {
-        (axis, name) for axis in ("batch", "pixels", "blocks") for name in ("reference", "ours")
-    }
     with out.with_suffix(".csv").open() as file:
-        assert [line["model"] for line in csv.DictReader(file)] == ["fat_nano", "fat_nano", "regnety_002"]
+        assert [(line["model"], line["contestant"]) for line in csv.DictReader(file)] == names
     assert out.with_suffix(".md").read_text().count("| latency | ") == 3
-    assert sorted(path.name for path in out.parent.glob("*.png")) == ["speed_scaling.png", "speed_speed.png"]
+    assert [path.name for path in out.parent.glob("*.png")] == ["speed_speed.png"]
+
+
+@pytest.mark.slow  # fifteen processes that import torch, one after another
+def test_scaling_follows_batch_resolution_and_depth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "speed.json"
+    assert main(_words(out, "contestants=[ours]", "modes=[infer]", "scaling=true")) == 0
+    assert "fat_nano ours: the time of a step grows as pixels^" in capsys.readouterr().out
+    grown = {one["axis"]: one for one in json.loads(out.read_text())["scaling"]}
+    assert grown["batch"]["sizes"] == [1, 2, 4]
+    assert grown["blocks"]["sizes"] == [5, 10, 15, 20]
+    assert grown["pixels"]["sizes"] == [32**2, 48**2, 64**2, 80**2]
+    assert all(min(one["step_ms"]) > 0 for one in grown.values())
+    assert (tmp_path / "speed_scaling.png").is_file()
 
 
 def test_the_published_top1_is_that_of_the_paper_and_of_no_changed_model() -> None:

@@ -91,12 +91,11 @@ def scaling_heats(template: ModelJob, config: FATConfig, contestants: Sequence[s
     first = replace(template, name=config.name, config=config)
     few = replace(first, batch_size=max(2, template.batch_size // 4))
     batches = [template.batch_size // 2**step for step in range(BATCHES_AT_MOST)]
+    sides = sorted({round(template.image_px * step / FIRST_PX / 16) * 16 for step in PX_STEPS})
     least = 2 if template.trains else 1  # of one image BatchNorm has no statistics where the map is a pixel
     axes = {
         "batch": [replace(first, batch_size=size) for size in sorted(set(batches)) if size >= least],
-        "pixels": [
-            replace(few, image_px=max(32, round(template.image_px * step / FIRST_PX / 32) * 32)) for step in PX_STEPS
-        ],
+        "pixels": [replace(few, image_px=side) for side in sides],
         "blocks": [
             replace(few, config=replace(config, depths=[times * depth for depth in config.depths])) for times in DEPTHS
         ],
