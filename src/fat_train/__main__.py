@@ -30,6 +30,7 @@ COMMANDS = {
     "benchmark step": "where the time of a training step goes, what bounds the run, what to change",
     "benchmark op": "every way of computing each operation at a model's sizes: what op=auto takes, and why",
     "benchmark all": "tests and benchmarks of a machine with a GPU, their tables appended to a log",
+    "benchmark model": "images per second in training and inference, beside the plain equations and timm's models",
     "benchmark checkpoint": "how long a training stands still for a checkpoint, and what saving costs it",
 }
 OPTIONS = ("--help", "--cfg", "--config-dir", "-m", "--multirun", "--cell")

@@ -27,6 +27,8 @@ class Stream(NamedTuple):
     """Each step does one piece and says how many images that was."""
     facts: dict[str, Any]
     """What it works on, for the record and for a proof that all work on the same."""
+    rest: Callable[[], object] = lambda: None
+    """Called at the end of each turn, outside the clock: what it holds beyond its need goes back for the others."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Contestant:
     name: str
     open: Callable[[], Stream]
     """Called in the contestant's process; it must pickle. What it raises is why the contestant does not take part."""
+    instead: Callable[[str], Contestant | None] = lambda why: None  # noqa: ARG005
+    """Who starts in its place, in a fresh process, where `open` failed for a reason; None for nobody."""
 
 
 @dataclass
@@ -87,8 +91,8 @@ def race(
         runners = []
         for contestant, outcome in zip(contestants, outcomes, strict=True):
             on_turn(outcome.name, "starts")
-            runners.append(stack.enter_context(_Runner(contestant)))
-            answer = runners[-1].answer()
+            runner, answer = _start(contestant)
+            runners.append(stack.enter_context(runner))
             if isinstance(answer, _Refusal):
                 outcome.why_not = answer.why
             else:
@@ -106,6 +110,17 @@ def race(
     return outcomes
 
 
+def _start(contestant: Contestant) -> tuple[_Runner, Any]:
+    while True:
+        runner = _Runner(contestant)
+        answer = runner.answer()
+        other = contestant.instead(answer.why) if isinstance(answer, _Refusal) else None
+        if other is None:
+            return runner, answer
+        runner.close()
+        contestant = other
+
+
 class _Runner:
     """A contestant's process, started with `spawn`: a fork of one that has DALI's or CUDA's threads may hang."""
 
@@ -120,6 +135,10 @@ class _Runner:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process."""
         self.connection.close()  # which ends a process that is waiting for its turn
         self.process.join(PATIENCE_S)
         if self.process.is_alive():
@@ -149,7 +168,9 @@ def _serve(connection: Connection, open_stream: Callable[[], Stream]) -> None:
         stream = open_stream()
         connection.send(stream.facts)
         while True:
-            connection.send(_measure(stream.work, *connection.recv()))
+            rate = _measure(stream.work, *connection.recv())
+            stream.rest()
+            connection.send(rate)
     except (EOFError, BrokenPipeError):
         pass  # the race is over
     except (UserError, ImportError) as error:

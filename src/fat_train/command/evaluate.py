@@ -92,7 +92,8 @@ def _open(values: dict[str, Any], about: dict[str, Any]) -> tuple[RunConfig, Dat
     problems.raise_if_any()
     assert config is not None
     problems.catch(config.trainer.refuse_impossible)
-    problems.catch(lambda: config.op.refuse_impossible(device_of(config).type))
+    device, op = device_of(config).type, config.op
+    problems.catch(lambda: op.refuse_impossible(device))
     source = problems.catch(config.data.open_val)
     problems.raise_if_any()
     assert source is not None
