@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,10 @@ from torch import nn
 from fat_train.benchmark.model_cost import count, open_copy, open_gemm
 from fat_train.benchmark.plain_fat import PlainFAT
 from fat_train.benchmark.race import Contestant, Stream
+from fat_train.callback.kernels import load_stored
+from fat_train.memory import keep_freed_memory
 from fat_train.model.fat import FATConfig
+from fat_train.op.choice import OpConfig, prefer, use
 from fat_train.optim.adamw import AdamWConfig
 from fat_train.types import UserError
 
@@ -70,6 +73,8 @@ class ModelJob:
     """cpu or cuda."""
     compile_mode: str
     """One of `COMPILE_MODES`."""
+    op: OpConfig = field(default_factory=OpConfig)
+    """How our forms compute their operations."""
 
     @property
     def trains(self) -> bool:
@@ -177,6 +182,12 @@ def _open(job: ModelJob, asked: int) -> Stream:
     on_gpu = job.device == "cuda"
     if on_gpu:
         torch.backends.cudnn.benchmark = True  # as the trainer does
+    if job.contestant.startswith("ours"):
+        use(job.op)
+        if on_gpu:
+            prefer(load_stored(torch.device("cuda")).fastest())
+        else:
+            keep_freed_memory()  # as a training on a CPU does
     memory = MemoryMeter(on_gpu)
     model = job.build()
     step = training_step(model, job) if job.trains else inference_step(model, job)

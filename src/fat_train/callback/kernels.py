@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from fat_train.cache import cache_folder
 from fat_train.callback.progress import tell
 from fat_train.checkpoint.io import write_atomically
-from fat_train.data.digits import cache_folder
 from fat_train.op import table
 from fat_train.op.choice import AUTO, OpConfig, prefer
 from fat_train.op.table import Row, Table

@@ -16,6 +16,7 @@ from fat_train.config.resolve import resolve
 from fat_train.config.run import Problems, RunConfig, resolve_run
 from fat_train.data.datamodule import DataSource, choose_backend, open_data
 from fat_train.data.index import FileIndex
+from fat_train.memory import keep_freed_memory
 from fat_train.model.compiled import compile_model
 from fat_train.op.choice import prefer, use
 from fat_train.task.classification import Classification
@@ -102,6 +103,8 @@ def build_task(config: RunConfig, num_classes: int) -> Classification:
     """Model, loss and augmentation as one task; the model in its memory format, on the CPU. From here on this process
     computes the operations as `op` says, on a GPU by what was measured there."""
     use(config.op)
+    if config.trainer.kind == "cpu":
+        keep_freed_memory()
     prefer(load_stored(device_of(config)).fastest() if config.trainer.kind == "gpu" else {})
     model = config.model.build(num_classes=num_classes)
     if config.trainer.channels_last:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from fat_train.config.resolve import resolve
 from fat_train.config.run import plain
 from fat_train.config.zoo import conf_dir, load_model_node
 from fat_train.model.fat import FATConfig
+from fat_train.op.choice import OpConfig
 from fat_train.report.machine import machine_facts
 from fat_train.types import UserError, one_of
 
@@ -129,7 +130,7 @@ def run(tree: DictConfig) -> Raced:
         UserError: a wrong setting, or a name that nobody knows.
     """
     values = plain(tree)
-    model_node = values.pop("model", {})
+    model_node, op = values.pop("model", {}), resolve(values.pop("op", {}), OpConfig, where="op")
     if isinstance(values.get("peers"), str):  # peers=all, as one writes it
         values["peers"] = [values["peers"]]
     settings: ModelBenchmarkSettings = resolve(values, ModelBenchmarkSettings, where="")
@@ -144,7 +145,8 @@ def run(tree: DictConfig) -> Raced:
     threads = torch.get_num_threads()
     cores = f"{facts['CPU cores']} cores, {threads} thread{'s' * (threads > 1)}"
     machine = f"{facts['GPU 0'] if settings.kind == 'cuda' else cores}, torch {facts['torch']}"
-    template = settings.template()
+    template = replace(settings.template(), op=op)
+    op.refuse_impossible(settings.kind)
     say(f"machine        {machine}")
     say(
         f"networks       {', '.join(config.name for config in models)} as {', '.join(settings.forms)}"
@@ -153,7 +155,7 @@ def run(tree: DictConfig) -> Raced:
     console = Console()
     heats = heats_of(template, models, settings.forms, settings.modes, peers)
     raced = time_all(heats, top1_of, settings, console)
-    growths = scale(settings, models[0], console) if settings.scaling else {}
+    growths = scale(template, settings, models[0], console) if settings.scaling else {}
 
     lines = [
         f"device: {raced.device.flops_per_s / 1e9:,.0f} GFLOP/s in a matrix product at precision {settings.precision}, "
@@ -216,10 +218,12 @@ def time_all(
         )
 
 
-def scale(settings: ModelBenchmarkSettings, config: FATConfig, console: Console) -> dict[str, list[Growth]]:
+def scale(
+    template: ModelJob, settings: ModelBenchmarkSettings, config: FATConfig, console: Console
+) -> dict[str, list[Growth]]:
     """Cost against batch, pixels and blocks: axis -> a growth of each eager form that was asked for."""
     forms = [name for name in ("reference", "ours") if name in settings.forms] or settings.forms[:1]
-    axes = scaling_heats(settings.template(), config, forms)
+    axes = scaling_heats(template, config, forms)
     growths = {}
     for axis, jobs in axes.items():
         raced = time_all([Heat(jobs, None)], {}, settings, console)

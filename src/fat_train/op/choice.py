@@ -22,7 +22,7 @@ WAYS = {
     "depthwise": ("torch", "native", "triton"),
     "pointwise": ("torch", "gemm", "onednn"),
     "norm": ("torch", "triton"),
-    "interaction": ("torch", "triton"),
+    "interaction": ("torch", "native", "triton"),
     "attention": ("torch", "sdpa", "native"),
 }
 """Operation -> the ways there are; `torch` is the definition everywhere."""
@@ -45,7 +45,7 @@ class OpConfig:
     norm: str = AUTO
     """GroupNorm over the whole map: torch or triton (CUDA)."""
     interaction: str = AUTO
-    """FASA's gates and their product: torch or triton (CUDA)."""
+    """FASA's gates and their product: torch, native (CPU, our C++) or triton (CUDA)."""
     attention: str = AUTO
     """torch (scores, softmax and mean one after another), sdpa (torch's fused one), native (CPU, our C++)."""
 

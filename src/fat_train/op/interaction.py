@@ -12,6 +12,7 @@ from torch.library import custom_op
 
 from fat_train.op.choice import FUSED_DTYPES, compute_dtype, kernels_of, way_of
 from fat_train.op.layout import is_channels_last
+from fat_train.op.native import interaction as native
 
 
 def interaction(
@@ -23,10 +24,12 @@ def interaction(
     """
     dtype = compute_dtype(q_prime)
 
-    def can(_: str) -> bool:
-        return is_channels_last(q_prime) and is_channels_last(global_) and dtype in FUSED_DTYPES
+    def can(way: str) -> bool:
+        if not (is_channels_last(q_prime) and is_channels_last(global_)):
+            return False
+        return native.handles(dtype) if way == "native" else dtype in FUSED_DTYPES
 
-    if way_of("interaction", q_prime, (*q_prime.shape, both_ways), can, unmeasured="torch") == "torch":
+    if way_of("interaction", q_prime, (*q_prime.shape, both_ways), can, unmeasured="native") == "torch":
         return plain(q_prime, global_, both_ways)
     return _forward(q_prime.to(dtype), global_.to(dtype), both_ways)
 

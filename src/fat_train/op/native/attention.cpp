@@ -11,25 +11,6 @@ namespace {
 
 constexpr int ROWS = 4;
 
-// e^x for x <= 0 to about 2 units in the last place; 0 below -87.
-inline V exp(V x) {
-    const V floor = V{} - 87.3f;
-    x = x < floor ? floor : x;
-    const V shifted = x * 1.44269504f + 12582912.f;  // + 1.5 * 2^23 rounds to the nearest whole number
-    const V whole = shifted - 12582912.f;
-    const V r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.f;
-    const I power = (__builtin_convertvector(whole, I) + 127) << 23;
-    V scale;
-    std::memcpy(&scale, &power, sizeof(V));
-    return p * scale;
-}
-
 // All lanes joined by `join`, half with half.
 template <typename Join>
 inline float joined(V v, Join join) {
@@ -124,15 +105,25 @@ template <int D>
 inline void mean(const V* weights, const Tokens<D>& tokens, float (*out)[D]) {
     constexpr int WIDE = D / LANES;
     const float* of = reinterpret_cast<const float*>(weights);
-    V sums[ROWS][WIDE] = {};
-    for (int64_t n = 0; n < tokens.count; ++n)
+    // Tokens by turns into two sums, so that an addition need not wait for the one before it.
+    V sums[2][ROWS][WIDE] = {};
+    const auto add = [&](int64_t n, V (*to)[WIDE]) {
 #pragma GCC unroll 4
         for (int w = 0; w < WIDE; ++w) {
             const V token = tokens.rows[n * WIDE + w];
 #pragma GCC unroll 4
-            for (int r = 0; r < ROWS; ++r) sums[r][w] += of[r * tokens.blocks * LANES + n] * token;
+            for (int r = 0; r < ROWS; ++r) to[r][w] += of[r * tokens.blocks * LANES + n] * token;
         }
-    std::memcpy(out, sums, sizeof(sums));
+    };
+    int64_t n = 0;
+    for (; n + 1 < tokens.count; n += 2) {
+        add(n, sums[0]);
+        add(n + 1, sums[1]);
+    }
+    if (n < tokens.count) add(n, sums[0]);
+    for (int r = 0; r < ROWS; ++r)
+        for (int w = 0; w < WIDE; ++w) sums[0][r][w] += sums[1][r][w];
+    std::memcpy(out, sums[0], sizeof(sums[0]));
 }
 
 template <int D>
