@@ -68,7 +68,10 @@ def verdicts(results: Sequence[Result]) -> list[str]:
         own = [one for one in here if one.job.name == name and one.job.contestant.startswith("ours")]
         if not own:
             continue
-        best = max(own, key=lambda one: one.outcome.rate)
+        by_ratio = not any(
+            math.isnan(one.ratio) for one in own
+        )  # which has the machine's noise of a round on both sides
+        best = max(own, key=lambda one: one.ratio if by_ratio else one.outcome.rate)
         if not math.isnan(best.ratio):
             low, high = best.ratio_span
             lines.append(

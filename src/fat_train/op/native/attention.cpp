@@ -82,22 +82,31 @@ inline void products(const float (*of)[D], const Tokens<D>& tokens, V* out) {
     some(std::integral_constant<int, 1>());
 }
 
-// Scores to weights: softmax of each row. Where no key is, `absent` is minus infinity, and the weight next to nothing.
-inline void softmax(V* scores, int64_t blocks, V absent, float scale) {
+// Scores to weights that still lack their division: e^(score - largest). Returns what each row is to be multiplied by. Where no
+// key is, `absent` is minus infinity, and the weight next to nothing. BLOCKS is the number of blocks where it is known.
+template <int BLOCKS>
+inline void softmax(V* scores, int64_t any_blocks, V absent, float scale, float* inverse) {
+    const int64_t blocks = BLOCKS ? BLOCKS : any_blocks;
     for (int r = 0; r < ROWS; ++r) {
         V* row = scores + r * blocks;
         row[blocks - 1] += absent;
         V top = row[0];
         for (int64_t b = 1; b < blocks; ++b) top = row[b] > top ? row[b] : top;
-        const float most = largest(top);
+        const float most = largest(top) * scale;
         V total = {};
         for (int64_t b = 0; b < blocks; ++b) {
-            row[b] = exp((row[b] - most) * scale);
+            row[b] = exp(row[b] * scale - most);
             total += row[b];
         }
-        const float inverse = 1 / sum(total);
-        for (int64_t b = 0; b < blocks; ++b) row[b] *= inverse;
+        inverse[r] = 1 / sum(total);
     }
+}
+
+inline void softmax(V* scores, int64_t blocks, V absent, float scale, float* inverse) {
+    if (blocks == 4)  // 49 keys, those of a 224 px image
+        softmax<4>(scores, blocks, absent, scale, inverse);
+    else
+        softmax<0>(scores, blocks, absent, scale, inverse);
 }
 
 // out[r] = sum over n of weights[r][n] * tokens[n]
@@ -148,8 +157,11 @@ void forward(const float* q, View of_q, const float* k, View of_k, const float* 
             alignas(64) float of[ROWS][D], result[ROWS][D];
             gather<D>(q + at + i * of_q.token, of_q.token, rows, of);
             products<D>(of, of_keys, weights.data());
-            softmax(weights.data(), of_keys.blocks, of_keys.absent, scale);
+            float inverse[ROWS];
+            softmax(weights.data(), of_keys.blocks, of_keys.absent, scale, inverse);
             mean<D>(weights.data(), of_values, result);
+            for (int r = 0; r < ROWS; ++r)
+                for (int d = 0; d < D; ++d) result[r][d] *= inverse[r];
             for (int64_t r = 0; r < rows; ++r) std::memcpy(out + to + (i + r) * of_out.token, result[r], sizeof(result[r]));
         }
     }
@@ -175,13 +187,17 @@ void backward(const float* grad, View of_g, const float* q, View of_q, const flo
             gather<D>(grad + image * of_g.image + head * of_g.head + i * of_g.token, of_g.token, rows, slope);
             for (int64_t r = rows; r < ROWS; ++r) std::fill(slope[r], slope[r] + D, 0.f);  // rows that are not there
             products<D>(of, of_keys, weights.data());
-            softmax(weights.data(), blocks, of_keys.absent, scale);
+            float inverse[ROWS];
+            softmax(weights.data(), blocks, of_keys.absent, scale, inverse);
             products<D>(slope, of_values, slopes.data());
             for (int r = 0; r < ROWS; ++r) {
                 V* weight = weights.data() + r * blocks;
                 V* at = slopes.data() + r * blocks;
                 V along = {};
-                for (int64_t b = 0; b < blocks; ++b) along += weight[b] * at[b];
+                for (int64_t b = 0; b < blocks; ++b) {
+                    weight[b] *= inverse[r];
+                    along += weight[b] * at[b];
+                }
                 const float mean_slope = sum(along);
                 for (int64_t b = 0; b < blocks; ++b) at[b] = weight[b] * (at[b] - mean_slope) * scale;
             }
