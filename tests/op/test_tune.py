@@ -16,6 +16,7 @@ from fat_train.op import choice, table
 from fat_train.op.choice import REFERENCE
 from fat_train.op.pointwise import pointwise_conv
 from fat_train.op.table import Milliseconds, Row
+from fat_train.op.triton import depthwise_tile
 from fat_train.op.tune import NO_CASE, Case, _fastest, cases_of, copy_rate, tune
 
 CPU = torch.device("cpu")
@@ -155,6 +156,25 @@ def test_a_table_comes_back_from_its_file_and_a_damaged_one_counts_as_none(tmp_p
     assert table.load(file) is None
     file.write_text(made.as_json().replace('"way": "', '"way": "x'))
     assert table.load(file) is None
+
+
+def test_a_table_brings_back_how_the_cuda_kernels_divide_their_maps(tmp_path: Path) -> None:
+    tile, strip = depthwise_tile.Tile(7, 8, 32, 4), depthwise_tile.Strip(5, 8, 32, 4)
+    keys = [
+        depthwise_tile.key_of(kernel, torch.bfloat16, (4, 32, 56, 56), 5, 1) for kernel in ("forward", "weight_grad")
+    ]
+    row = Row(("depthwise", "torch.bfloat16", "4"), "triton", tiles=((keys[0], tuple(tile)), (keys[1], tuple(strip))))
+    made = table.empty(CPU).with_rows({row.key: row})
+    (tmp_path / "table.json").write_text(made.as_json())
+    again = table.load(tmp_path / "table.json")
+    assert again == made
+    try:
+        again.take()
+        assert depthwise_tile.measured() == {keys[0]: tile, keys[1]: strip}
+        assert depthwise_tile.output_tile(torch.bfloat16, (9, 32, 56, 56), 5, 1) == tile
+    finally:
+        table.empty(CPU).take()
+    assert depthwise_tile.measured() == {}
 
 
 def test_the_sentence_counts_ways_and_a_fixed_choice_is_not_handed_on() -> None:

@@ -25,7 +25,7 @@ from fat_train.benchmark.race import Contestant, Stream
 from fat_train.callback.kernels import load_stored
 from fat_train.memory import keep_freed_memory
 from fat_train.model.fat import FATConfig
-from fat_train.op.choice import OpConfig, prefer, use
+from fat_train.op.choice import OpConfig, use
 from fat_train.optim.adamw import AdamWConfig
 from fat_train.types import UserError
 
@@ -185,7 +185,7 @@ def _open(job: ModelJob, asked: int) -> Stream:
     if job.contestant.startswith("ours"):
         use(job.op)
         if on_gpu:
-            prefer(load_stored(torch.device("cuda")).fastest())
+            load_stored(torch.device("cuda")).take()
         else:
             keep_freed_memory()  # as a training on a CPU does
     memory = MemoryMeter(on_gpu)

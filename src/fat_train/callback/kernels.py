@@ -12,7 +12,7 @@ from fat_train.cache import cache_folder
 from fat_train.callback.progress import tell
 from fat_train.checkpoint.io import write_atomically
 from fat_train.op import table
-from fat_train.op.choice import AUTO, OpConfig, prefer
+from fat_train.op.choice import AUTO, OpConfig
 from fat_train.op.table import Row, Table
 from fat_train.op.tune import cases_of, tune
 from fat_train.types import UserError
@@ -53,7 +53,7 @@ class Kernels(Callback):
         found = self._find(trainer, pl_module, device) if trainer.is_global_zero else None
         agreed = trainer.strategy.broadcast(found)
         assert isinstance(agreed, Table)
-        prefer(agreed.fastest())
+        agreed.take()
 
     def _find(self, trainer: Trainer, module: LightningModule, device: torch.device) -> Table:
         cases = cases_of(

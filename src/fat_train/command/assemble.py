@@ -18,7 +18,8 @@ from fat_train.data.datamodule import DataSource, choose_backend, open_data
 from fat_train.data.index import FileIndex
 from fat_train.memory import keep_freed_memory
 from fat_train.model.compiled import compile_model
-from fat_train.op.choice import prefer, use
+from fat_train.op import table
+from fat_train.op.choice import use
 from fat_train.task.classification import Classification
 from fat_train.trainer.build import TrainerConfig
 from fat_train.trainer.loaders import RunLoaders
@@ -105,7 +106,8 @@ def build_task(config: RunConfig, num_classes: int) -> Classification:
     use(config.op)
     if config.trainer.kind == "cpu":
         keep_freed_memory()
-    prefer(load_stored(device_of(config)).fastest() if config.trainer.kind == "gpu" else {})
+    device = device_of(config)
+    (load_stored(device) if device.type == "cuda" else table.empty(device)).take()
     model = config.model.build(num_classes=num_classes)
     if config.trainer.channels_last:
         model = model.to(memory_format=torch.channels_last)

@@ -146,7 +146,7 @@ def _announce(
         say(f"               {backend.reason}")
     for line in plan.lines():
         say(line)
-    for line in compiler.lines(config.trainer.compile, config.trainer.kind):
+    for line in compiler.lines(config.trainer.compile, config.trainer.kind, plan.world_size):
         say(line)
     if plan.world_size > 1:
         synced = "synchronised over all devices" if config.trainer.kind == "gpu" else "of each process (CPU)"

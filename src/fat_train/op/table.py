@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fat_train.op.choice import AUTO, WAYS, Key
+from fat_train.op.choice import AUTO, WAYS, Key, prefer
+from fat_train.op.triton import depthwise_tile
 
 FOLDER_NAME = "kernels-v1"  # raise the version when the same row would mean something else
 
@@ -41,6 +42,8 @@ class Row:
     """That the definition cannot but move: inputs and output once; parameters not counted."""
     step_bytes: int = 0
     """The same, with those of the backward pass: the output's gradient, the inputs, their gradients."""
+    tiles: Sequence[tuple[depthwise_tile.Key, tuple[int, ...]]] = ()
+    """How our CUDA kernels of this case divide the map best."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,12 @@ class Table:
     def fastest(self) -> dict[Key, str]:
         """What `choice.prefer` wants."""
         return {key: row.way for key, row in self.rows.items() if row.way != AUTO}
+
+    def take(self) -> None:
+        """Let `auto` and our CUDA kernels go by these rows, in this process."""
+        prefer(self.fastest())
+        tiles = (pair for row in self.rows.values() for pair in row.tiles)
+        depthwise_tile.prefer({key: depthwise_tile.tile_of(key, numbers) for key, numbers in tiles})
 
     def lacks(self, keys: Iterable[Key]) -> list[Key]:
         """Those of `keys` that were not measured."""
@@ -126,6 +135,7 @@ def triton_version() -> str:
 def _row(values: dict[str, Any]) -> Row:
     values["key"] = tuple(values["key"])
     values["times"] = {way: Milliseconds(*times) for way, times in values["times"].items()}
+    values["tiles"] = tuple((tuple(key), tuple(numbers)) for key, numbers in values.get("tiles", ()))
     row = Row(**values)
     if row.way not in (AUTO, *WAYS[row.key[0]]):
         raise ValueError(f"{row.key[0]} has no way {row.way}")

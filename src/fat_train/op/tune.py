@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from fat_train.op.group_norm import whole_map_norm
 from fat_train.op.interaction import interaction
 from fat_train.op.pointwise import pointwise_conv
 from fat_train.op.table import Milliseconds, Row, Table, empty
+from fat_train.op.triton import depthwise_tile
 
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest error of a value or gradient relative to the largest right one; that of float32 leaves room for TF32."""
@@ -126,6 +128,7 @@ def _measure(case: Case, device: torch.device, rounds: int, clock: _Clock, train
             ways[name] = way
         elif trouble != NO_CASE:
             refused[name] = trouble
+    tiles = _tiles(case, example) if case.operation == "depthwise" and "triton" in ways else {}
     forward = _race({name: partial(_forward, example, way) for name, way in ways.items()}, clock, rounds)
     step = _race({name: partial(_step, example, way) for name, way in ways.items()}, clock, rounds)
     times = {name: Milliseconds(_best(forward[name], device), _best(step[name], device)) for name in ways}
@@ -138,10 +141,21 @@ def _measure(case: Case, device: torch.device, rounds: int, clock: _Clock, train
         refused=refused,
         forward_bytes=read + written,
         step_bytes=2 * (read + written) + read,
+        tiles=tuple((key, tuple(tile)) for key, tile in tiles.items()),
     )
 
 
 _TORCH = dict.fromkeys(WAYS, "torch")
+
+
+def _tiles(case: Case, example: _Example) -> dict[depthwise_tile.Key, depthwise_tile.Tile | depthwise_tile.Strip]:
+    """The best division of the map for our CUDA kernels, which from now on take it."""
+    kernels = import_module("fat_train.op.triton.depthwise")  # Triton is not on every system
+    *_, stride, residual = case.sizes
+    best = kernels.tune(example.maps[0].detach(), example.parameters[0].detach(), stride, residual)
+    depthwise_tile.prefer({**depthwise_tile.measured(), **best})
+    tiles: dict[depthwise_tile.Key, depthwise_tile.Tile | depthwise_tile.Strip] = best
+    return tiles
 
 
 def _fastest(times: dict[str, float]) -> str:

@@ -51,7 +51,7 @@ class TrainerConfig:
     max_batch_per_device: int = 128
     """Most images that one device holds at once; the rest of the global batch is accumulated."""
     compile: str = "auto"
-    """torch.compile the model, a slower start for faster steps: auto (default on GPUs, off elsewhere), off, default,
+    """torch.compile the model, a slower start for faster steps: auto (default on one GPU, off elsewhere), off, default,
     reduce-overhead (CUDA graphs), max-autotune (a long search), or regional (blocks alone: starts sooner)."""
     matmul_precision: str = "high"
     """Of float32 products on GPUs: high (TF32, inputs of 10 bits, several times as fast) or highest (all 23 bits)."""
@@ -88,7 +88,7 @@ class TrainerConfig:
     @property
     def way_to_compile(self) -> str:
         """What `compile` comes to on this machine."""
-        return compiler.way_to_compile(self.compile, self.kind)
+        return compiler.way_to_compile(self.compile, self.kind, self.devices * self.num_nodes)
 
     def refuse_impossible(self) -> None:
         """Check the request against this machine.
@@ -108,7 +108,12 @@ class TrainerConfig:
             )
         if self.precision == "16-mixed" and self.kind == "cpu":
             raise UserError("trainer.precision=16-mixed needs a GPU; on the CPU give 32 or bf16-mixed")
-        compiler.refuse_impossible(self.compile, self.kind, grad_checkpointing=self.grad_checkpointing)
+        compiler.refuse_impossible(
+            self.compile,
+            self.kind,
+            grad_checkpointing=self.grad_checkpointing,
+            accumulates=self.global_batch > self.max_batch_per_device * self.devices * self.num_nodes,
+        )
 
 
 def available_cores() -> int:

@@ -28,15 +28,16 @@ def checked_word(word: str) -> str:
     return word
 
 
-def way_to_compile(word: str, kind: str) -> str:
+def way_to_compile(word: str, kind: str, processes: int) -> str:
     """One of `WAYS` for a device of kind cpu, gpu or mps.
 
-    `auto` compiles on GPUs that have what it needs. On a CPU a short run would pay minutes for little.
+    `auto` compiles where one GPU trains that has what it needs. On a CPU a short run would pay minutes for little; on
+    several GPUs the compiled BatchNorm across ranks has yet to be seen at work (docs/log.md).
     """
     word = checked_word(word)
     if word != AUTO:
         return word
-    return "default" if kind == "gpu" and not missing(kind) else OFF
+    return "default" if kind == "gpu" and processes == 1 and not missing(kind) else OFF
 
 
 def missing(kind: str) -> str:
@@ -56,7 +57,7 @@ def missing(kind: str) -> str:
     return ", ".join(lacks)
 
 
-def refuse_impossible(word: str, kind: str, *, grad_checkpointing: bool) -> None:
+def refuse_impossible(word: str, kind: str, *, grad_checkpointing: bool, accumulates: bool) -> None:
     """Check a way that was asked for by name; `auto` adapts itself.
 
     Raises:
@@ -69,6 +70,11 @@ def refuse_impossible(word: str, kind: str, *, grad_checkpointing: bool) -> None
         raise UserError(f"trainer.compile={word} needs {lacks}; give trainer.compile=off, or install it")
     if word in CUDA_GRAPHS and kind != "gpu":
         raise UserError(f"trainer.compile={word} is for GPUs; on {kind} give default, regional or off")
+    if word in CUDA_GRAPHS and accumulates:  # a graph that is replayed writes over the gradient of the batch before
+        raise UserError(
+            f"trainer.compile={word} does not go with accumulated gradients; give trainer.compile=default, or raise "
+            "trainer.max_batch_per_device until the global batch fits at once"
+        )
     if word == REGIONAL and grad_checkpointing:
         raise UserError(
             "trainer.compile=regional would compile each block twice with trainer.grad_checkpointing=true; "
@@ -76,11 +82,14 @@ def refuse_impossible(word: str, kind: str, *, grad_checkpointing: bool) -> None
         )
 
 
-def lines(word: str, kind: str) -> list[str]:
+def lines(word: str, kind: str, processes: int) -> list[str]:
     """What to say of it at the start of a run."""
-    way, word = way_to_compile(word, kind), checked_word(word)
+    way, word = way_to_compile(word, kind, processes), checked_word(word)
     if way == OFF:
-        lacks = missing(kind) if word == AUTO and kind == "gpu" else ""
-        return [f"compile        off: this machine lacks {lacks}"] if lacks else []
+        if word != AUTO or kind != "gpu":
+            return []
+        lacks = missing(kind)
+        why = f"this machine lacks {lacks}" if lacks else "several GPUs; trainer.compile=default compiles"
+        return [f"compile        off: {why}"]
     chosen = " (trainer.compile=auto on a GPU)" if word == AUTO else ""
     return [f"compile        {way}{chosen}: the first update and the first validation take longer"]

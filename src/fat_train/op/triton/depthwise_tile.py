@@ -7,7 +7,7 @@ under all of them. Of the weight gradient it changes that order, so equal bits w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import product
 from typing import NamedTuple
 
@@ -114,6 +114,11 @@ def prefer(fastest: Mapping[Key, Tile | Strip]) -> None:
 def measured() -> Mapping[Key, Tile | Strip]:
     """What takes the defaults' place now."""
     return _measured
+
+
+def tile_of(key: Key, numbers: Iterable[int]) -> Tile | Strip:
+    """A choice as it was written down: numbers, by the kernel that its key begins with."""
+    return (Strip if key[0] == "weight_grad" else Tile)(*numbers)
 
 
 def key_of(kernel: str, dtype: torch.dtype, shape: Shape, kernel_size: int, stride: int) -> Key:
