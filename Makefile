@@ -27,10 +27,11 @@ demo: $(READY) ## train a FAT on scanned digits, for real: about a minute on two
 
 test: $(READY) ## all quick tests (under 10 minutes on two cores)
 	$(PYTEST) -m 'not slow and not gpu and not compile'
-	JAXTYPING_DISABLE=1 $(PYTEST) -m 'compile and not gpu'
+	JAXTYPING_DISABLE=1 $(PYTEST) -m 'compile and not slow and not gpu'
 
 test-slow: $(READY) ## the tests that take longer
-	$(PYTEST) -m 'slow and not gpu'
+	$(PYTEST) -m 'slow and not compile and not gpu'
+	JAXTYPING_DISABLE=1 $(PYTEST) -m 'slow and compile and not gpu'
 
 test-gpu: $(READY) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m 'gpu and not compile'

@@ -151,6 +151,7 @@ def test_a_batch_without_room_is_tried_again_with_half_of_it_and_a_single_image_
     assert contestant_of(petabytes).instead("it has no reparameterize()") is None
 
 
+@pytest.mark.slow
 @pytest.mark.compile
 def test_a_compiled_contestant_runs_and_tells_how_long_its_first_step_took() -> None:
     stream = open_model(job_of(contestant="reference_compiled", mode="infer"), 4)

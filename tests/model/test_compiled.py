@@ -166,6 +166,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
         distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_inside_ddp_two_processes_train_as_with_eager_code(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
