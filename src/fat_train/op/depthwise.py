@@ -104,7 +104,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
         grad_x = _input_grad(grad, weight, *x.shape[2:], ctx.stride, ctx.residual)
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         grad_weight, of_bias = _weight_grad(grad, x, weight.shape[-1], ctx.stride)
-        grad_weight, grad_bias = grad_weight.to(weight.dtype), of_bias.to(weight.dtype) if ctx.has_bias else None
+        grad_weight = grad_weight.to(weight.dtype)
+        if weight.is_contiguous(memory_format=torch.channels_last):
+            # the same numbers in the same places, but DistributedDataParallel compares the idle stride of the 1 too
+            grad_weight = grad_weight.as_strided(weight.shape, weight.stride())
+        grad_bias = of_bias.to(weight.dtype) if ctx.has_bias else None
     return grad_x, grad_weight, grad_bias, None, None
 
 
