@@ -46,7 +46,7 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], relative: f
     assert ours.keys() == theirs.keys()
     largest = max(theirs[name].abs().max() for name in theirs if "running" not in name and name != "logits")
     for name, wanted in theirs.items():
-        allowed = relative * (wanted.float().abs().max() + 0.01 * largest)
+        allowed = relative * (wanted.float().abs().max() + 0.05 * largest)
         assert (ours[name].float() - wanted.float()).abs().max() <= allowed, name
 
 
