@@ -32,7 +32,7 @@ from fat_train.types import UserError, one_of
 
 DEVICES = ("auto", "cpu", "gpu")
 LEAST_PX = 32
-ON_CPU = ("reference", "ours", "ours_folded")
+ON_CPU = ("reference", "ours", "ours_folded", "ours_folded_compiled")
 BATCH_OF = {"cpu": 16, "cuda": 128}
 PUBLISHED_PX = 224
 
