@@ -203,6 +203,8 @@ class Other(nn.Module):
             nn.ReLU(),
             nn.BatchNorm2d(8),
             GroupNormAct(8, 2),
+            PointwiseConv2d(8, 8, activation="gelu"),
+            nn.BatchNorm2d(8),
         )
         self.fc = nn.Linear(8, 4)
         self.bn = nn.BatchNorm1d(4)
@@ -220,6 +222,6 @@ def test_what_stands_behind_no_convolution_or_normalises_by_the_batch_stays():
     fold(module)
     assert_close(module(x), wanted, 1e-10)
     left = [index for index, step in enumerate(module.stem) if isinstance(step, _BatchNorm)]
-    assert left == [4, 6, 9]
+    assert left == [4, 6, 9, 12]
     assert isinstance(module.bn, nn.Identity)
     assert module.stem[0].bias is not None

@@ -100,9 +100,11 @@ def _conv_norm_pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _is_foldable(layer: nn.Module, norm: nn.Module) -> bool:
-    """A norm without running statistics normalises by the batch in evaluation too."""
+    """A norm without running statistics normalises by the batch in evaluation too; one behind an activation is not
+    behind the convolution."""
     return (
         isinstance(layer, nn.Conv2d | nn.Linear)
+        and getattr(layer, "activation", "none") == "none"
         and isinstance(norm, _BatchNorm)
         and norm.running_mean is not None
         and norm.running_var is not None
