@@ -39,8 +39,13 @@ def device(lead_s: float, **seconds: float) -> Split:
 @pytest.mark.parametrize(
     ("split", "setup", "what", "first"),
     [
-        (host(), CPU, "the CPU's forward and backward pass", "trainer.compile=true"),
-        (host(), replace(CPU, compiled=True), "the CPU's forward and backward pass", "a GPU"),
+        (host(), CPU, "the CPU's forward and backward pass", "a GPU"),
+        (
+            host(),
+            replace(CPU, channels_last=False),
+            "the CPU's forward and backward pass",
+            "trainer.channels_last=true",
+        ),
         (host(), replace(CPU, precision="bf16-mixed"), "the CPU's forward and backward pass", "trainer.precision=32"),
         (host(data=0.3), CPU, "the input pipeline", "a set made smaller by the command pack"),
         (host(data=0.3), replace(CPU, packed=True), "the input pipeline", "more CPU cores a device"),
@@ -53,7 +58,7 @@ def device(lead_s: float, **seconds: float) -> Split:
         (device(0.5), GPU, "the GPU's forward and backward pass", "trainer.precision=bf16-mixed"),
         (device(0.5), replace(GPU, precision="bf16-mixed"), "the GPU's forward and backward pass", "trainer.compile"),
         (device(0.5), replace(GPU, grad_checkpointing=True), "the GPU's forward", "trainer.grad_checkpointing=false"),
-        (device(0.001), GPU, "the host's launches", "trainer.compile=true"),
+        (device(0.001), GPU, "the host's launches", "trainer.compile=default"),
         (
             device(0.001),
             replace(GPU, compiled=True, accumulate=4, batch_per_device=32, memory_share=0.1),
