@@ -168,6 +168,7 @@ def test_a_compiled_model_stays_near_the_plain_losses(tmp_path: Path, digits_cac
     for name, extra in (("plain", []), ("compiled", ["trainer.compile=true"])):
         done = cli(*words, *extra, f"name={name}")
         assert done.returncode == 0, done.stderr
+        assert ("compile        the first batch took" in done.stdout) == (name == "compiled")
     plain, compiled = (losses(tmp_path / "debug" / name) for name in ("plain", "compiled"))
     assert [float(loss) for loss in compiled] == pytest.approx([float(loss) for loss in plain], rel=0.05)
 

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 
 from fat_train.callback.checkpoint import delete_dropped
+from fat_train.callback.cold_start import ColdStart
 from fat_train.callback.kernels import Kernels
 from fat_train.callback.preemption import LeaveRequest
 from fat_train.checkpoint.provenance import provenance
@@ -82,6 +83,7 @@ def _fit(
         clip_grad_norm=config.optim.clip_grad_norm,
         callbacks=[
             _kernels(config, plan, folder),
+            ColdStart(),
             *config.callback.build(
                 folder=folder,
                 request=request,
