@@ -22,6 +22,7 @@ def test_without_a_gpu_it_says_so_in_a_line_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_tables_are_appended_and_a_failure_is_named_and_does_not_stop_the_others(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
