@@ -18,23 +18,23 @@ class ColdStart(Callback):
 
     def __init__(self) -> None:
         self._started = 0.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that goes on compiles anew, or finds what torch has kept."""
-        self._started = 0.0
+        self._is_over = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The batch is there."""
-        if not self._started:
+        if not self._is_over:
             self._started = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The host waits for the device, this once."""
-        if self._started < 0 or not is_compiled(pl_module.model):  # type: ignore[arg-type]
+        if self._is_over:
+            return
+        self._is_over = True
+        if not is_compiled(pl_module.model):  # type: ignore[arg-type]
             return
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
-        seconds, self._started = time.perf_counter() - self._started, -1.0
+        seconds = time.perf_counter() - self._started
         tell(trainer, f"compile        the first batch took {format_duration(seconds)}, with the compiling")

@@ -26,6 +26,16 @@ struct Map {
     int64_t channels, in_height, in_width, out_height, out_width;
 };
 
+// The K input rows that reach output row i of an image; null outside the map.
+template <int K, int S>
+inline void input_rows(const float* x, int64_t image, int64_t i, const Map& map, const float** rows) {
+    for (int u = 0; u < K; ++u) {
+        const int64_t row = i * S + u - K / 2;
+        const bool outside = row < 0 || row >= map.in_height;
+        rows[u] = outside ? nullptr : x + (image * map.in_height + row) * map.in_width * map.channels;
+    }
+}
+
 // One tile: outputs [column, column + T) of a row, 16 channels. `rows` are the K input rows, null outside the map.
 template <int K, int S, int T, bool FULL>
 inline void forward_tile(const float* const* rows, const V* weights, V start, const Map& map, int64_t column, int64_t c,
@@ -62,15 +72,12 @@ template <int K, int S, int T>
 void forward_map(const float* x, const float* weight, const float* bias, float* y, int64_t batch, const Map& map,
                  bool residual, bool flipped, int threads) {
     const std::vector<V> weights = packed_weights(weight, map.channels, K * K, flipped);
-    const int64_t in_row = map.in_width * map.channels, out_row = map.out_width * map.channels;
+    const int64_t out_row = map.out_width * map.channels;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t task = 0; task < batch * map.out_height; ++task) {
         const int64_t image = task / map.out_height, i = task % map.out_height;
         const float* rows[K];
-        for (int u = 0; u < K; ++u) {
-            const int64_t row = i * S + u - K / 2;
-            rows[u] = row < 0 || row >= map.in_height ? nullptr : x + (image * map.in_height + row) * in_row;
-        }
+        input_rows<K, S>(x, image, i, map, rows);
         float* out = y + task * out_row;
         for (int64_t c = 0; c < map.channels; c += LANES) {
             const int lanes = std::min<int64_t>(LANES, map.channels - c);
@@ -190,7 +197,7 @@ void weight_map(const float* x, const float* grad, float* grad_weight, float* gr
     constexpr int TAPS = K * K;
     const int64_t blocks = ceil_div(map.channels, LANES), per_group = GROUP / LANES, groups = ceil_div(blocks, per_group);
     const int64_t parts = std::min<int64_t>(batch, 16);  // of the batch, each summed by itself
-    const int64_t in_row = map.in_width * map.channels, out_row = map.out_width * map.channels;
+    const int64_t out_row = map.out_width * map.channels;
     std::vector<V> partial(parts * blocks * (TAPS + 1), V{});
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t task = 0; task < parts * groups; ++task) {
@@ -199,10 +206,7 @@ void weight_map(const float* x, const float* grad, float* grad_weight, float* gr
         for (int64_t image = part * batch / parts; image < (part + 1) * batch / parts; ++image)
             for (int64_t i = 0; i < map.out_height; ++i) {
                 const float* rows[K];
-                for (int u = 0; u < K; ++u) {
-                    const int64_t row = i * S + u - K / 2;
-                    rows[u] = row < 0 || row >= map.in_height ? nullptr : x + (image * map.in_height + row) * in_row;
-                }
+                input_rows<K, S>(x, image, i, map, rows);
                 const float* of = grad + (image * map.out_height + i) * out_row;
                 for (int64_t block = group * per_group; block < last_block; ++block) {
                     const int64_t c = block * LANES;
