@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,6 +19,8 @@ from fat_train.benchmark.model_result import Growth, Result
 from fat_train.benchmark.model_table import MODE_WORDS
 from fat_train.checkpoint.io import replacing
 
+TITLE_LETTERS = 48
+"""Of a line over one panel."""
 PANEL_INCH = (7.5, 5.4)
 DPI = 110
 COLOURS = {
@@ -153,7 +156,7 @@ def draw_growth(growths: Mapping[str, Sequence[Growth]], title: str, out_png: Pa
 def _figure(panels: int, title: str, height: float = PANEL_INCH[1]) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(PANEL_INCH[0] * panels, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13, fontweight="bold")
+    figure.suptitle(fill(title, TITLE_LETTERS * panels), fontsize=13, fontweight="bold")
     made = list(figure.subplots(1, panels, squeeze=False)[0])
     for axes in made:
         axes.grid(visible=True, color=GRID, lw=0.8)
