@@ -24,7 +24,7 @@ def words(tmp_path_factory: pytest.TempPathFactory, digits_cache: Path) -> list[
 
 @pytest.fixture
 def checkpoint(words: list[str]) -> Path:
-    return Path(words[-1].removeprefix("folder=")) / "digits_demo" / "checkpoints" / "last.ckpt"
+    return Path(words[-1].removeprefix("folder=")) / "fat_nano_digits" / "checkpoints" / "last.ckpt"
 
 
 def test_a_checkpoint_bears_the_lists_that_it_was_trained_and_validated_on(checkpoint: Path) -> None:

@@ -124,13 +124,13 @@ def test_a_requeued_job_ends_with_the_weights_of_an_unbroken_run(
     output = f"--output={tmp_path}/log"
     script = str(SCRIPTS / "train.sbatch")
     job = slurm.submit(*ON_CPU, output, script, *words, "resume=never", f"folder={tmp_path}/jobs", environ=site)
-    run = tmp_path / "jobs" / "digits_demo"
+    run = tmp_path / "jobs" / "fat_nano_digits"
     slurm.until(lambda: "yes" if epochs_begun(run) > 30 else "", what="the second epoch")
     slurm.ask("scontrol", "requeue", job)
     log = finished(slurm, job, tmp_path / "log")
     assert slurm.show(job)["Restarts"] == "1"
     assert "resuming" in log
-    assert same_weights(run, tmp_path / "unbroken" / "digits_demo")
+    assert same_weights(run, tmp_path / "unbroken" / "fat_nano_digits")
 
 
 @pytest.mark.slow

@@ -36,12 +36,12 @@ def losses(run: Path) -> list[str]:
 def unbroken(tmp_path_factory: pytest.TempPathFactory, digits_cache: Path) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     assert main([*DIGITS, f"folder={folder}"]) == 0
-    return folder / "digits_demo"
+    return folder / "fat_nano_digits"
 
 
 def test_the_same_command_gives_the_same_losses_to_the_bit(unbroken: Path, tmp_path: Path) -> None:
     assert main([*DIGITS, f"folder={tmp_path}"]) == 0
-    assert losses(tmp_path / "digits_demo") == losses(unbroken)
+    assert losses(tmp_path / "fat_nano_digits") == losses(unbroken)
 
 
 def test_losses_follow_the_golden_curve(unbroken: Path) -> None:
@@ -53,7 +53,7 @@ def test_losses_follow_the_golden_curve(unbroken: Path) -> None:
 def test_a_killed_run_resumes_to_the_unbroken_runs_weights_and_rows(unbroken: Path, tmp_path: Path, cli: Cli) -> None:
     """SIGKILL in the second epoch, then the same command: as if nothing had happened."""
     words = [*DIGITS, f"folder={tmp_path}"]
-    run = tmp_path / "digits_demo"
+    run = tmp_path / "fat_nano_digits"
     started = subprocess.Popen(
         [sys.executable, "-m", "fat_train", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -83,7 +83,7 @@ def test_a_killed_run_resumes_to_the_unbroken_runs_weights_and_rows(unbroken: Pa
 
     again = cli(*words)
     assert again.returncode == 0
-    assert "digits_demo is finished" in again.stdout
+    assert "fat_nano_digits is finished" in again.stdout
 
 
 def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path, digits_cache: Path) -> None:
@@ -91,7 +91,7 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path, digits_cache: Pa
     command = [sys.executable, "-m", "fat_train", *DIGITS, "schedule.epochs=200", f"folder={tmp_path}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as started:
         deadline = time.monotonic() + 200
-        while not (tmp_path / "digits_demo" / "checkpoints" / "last.ckpt").exists():
+        while not (tmp_path / "fat_nano_digits" / "checkpoints" / "last.ckpt").exists():
             assert started.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -100,7 +100,7 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path, digits_cache: Pa
     assert started.returncode == 130
     assert "Ctrl-C: saving at the end of this update; once more ends at once" in said
     assert "leaving        Ctrl-C: at update" in said
-    assert f"saved as {tmp_path / 'digits_demo' / 'checkpoints' / 'last.ckpt'}; the same command goes on" in said
+    assert f"saved as {tmp_path / 'fat_nano_digits' / 'checkpoints' / 'last.ckpt'}; the same command goes on" in said
     assert "Traceback" not in said
 
 
@@ -120,11 +120,11 @@ def test_a_longer_schedule_takes_effect_on_resume_and_is_shown(unbroken: Path, t
     assert longer.returncode == 0, longer.stderr
     assert "changed      schedule.epochs: 2 -> 3" in longer.stdout
     assert "changed      optim.weight_decay: 0.05 -> 0.1" in longer.stdout
-    rows = read_rows(tmp_path / "debug" / "digits_demo" / "metrics.csv")
+    rows = read_rows(tmp_path / "debug" / "fat_nano_digits" / "metrics.csv")
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9]
     rates = [float(row["lr"]) for row in rows]
     assert rates[8] > rates[6], "the longer cosine stands higher than the end of the shorter one"
-    saved = read_checkpoint(tmp_path / "debug" / "digits_demo" / "checkpoints" / "last.ckpt")
+    saved = read_checkpoint(tmp_path / "debug" / "fat_nano_digits" / "checkpoints" / "last.ckpt")
     assert {group["weight_decay"] for group in saved["optimizer_states"][0]["param_groups"]} == {0.0, 0.1}
 
 
@@ -137,8 +137,8 @@ def test_two_processes_count_every_validation_image_once_as_one_process_does(
     assert trained.returncode == 0, trained.stderr
     assert "64 = 32 images x 2 devices" in trained.stdout
     assert "statistics are of each process (CPU)" in trained.stdout
-    checkpoint = tmp_path / "debug" / "digits_demo" / "checkpoints" / "last.ckpt"
-    last = read_rows(tmp_path / "debug" / "digits_demo" / "metrics.csv")[-1]
+    checkpoint = tmp_path / "debug" / "fat_nano_digits" / "checkpoints" / "last.ckpt"
+    last = read_rows(tmp_path / "debug" / "fat_nano_digits" / "metrics.csv")[-1]
     results = [
         next(
             line
@@ -176,7 +176,7 @@ def test_a_compiled_model_stays_near_the_plain_losses(tmp_path: Path, digits_cac
 @pytest.mark.slow
 def test_the_demo_reaches_98_percent(tmp_path: Path, digits_cache: Path) -> None:
     assert main(["experiment=digits", f"folder={tmp_path}"]) == 0
-    rows = read_rows(tmp_path / "digits_demo" / "metrics.csv")
+    rows = read_rows(tmp_path / "fat_nano_digits" / "metrics.csv")
     assert float(rows[-1]["val/top1"]) >= 98
 
 

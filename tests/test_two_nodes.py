@@ -70,7 +70,7 @@ def one_node(tmp_path_factory: pytest.TempPathFactory, digits_cache: Path) -> Pa
     folder = tmp_path_factory.mktemp("one")
     command = [sys.executable, "-m", "fat_train", *DIGITS, "trainer.devices=2", f"folder={folder}"]
     subprocess.run(command, check=True, capture_output=True, timeout=280)
-    return folder / "digits_demo"
+    return folder / "fat_nano_digits"
 
 
 def without_times(run: Path) -> list[Row]:
@@ -91,7 +91,7 @@ def test_two_nodes_train_to_the_bits_of_one_node_with_two_devices(one_node: Path
         assert started.wait() == [0, 0], started.said(0) + started.said(1)
     assert "64 = 32 images x 2 devices" in started.said(0)
     assert started.said(1) == "", "one node speaks"
-    assert_same(tmp_path / "digits_demo", one_node)
+    assert_same(tmp_path / "fat_nano_digits", one_node)
 
 
 @pytest.mark.slow
@@ -109,7 +109,7 @@ def test_nodes_that_torchrun_names_train_to_the_same_bits(one_node: Path, tmp_pa
     }
     with job(tmp_path, **named) as started:
         assert started.wait() == [0, 0], started.said(0) + started.said(1)
-    assert_same(tmp_path / "digits_demo", one_node)
+    assert_same(tmp_path / "fat_nano_digits", one_node)
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_nodes_that_torchrun_names_train_to_the_same_bits(one_node: Path, tmp_pa
 def test_the_loss_of_a_node_ends_the_other_in_plain_words_and_both_resume(
     lost: int, one_node: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "digits_demo"
+    run = tmp_path / "fat_nano_digits"
     with job(tmp_path) as started:
         deadline = time.monotonic() + 250
         while not (run / "checkpoints" / "last.ckpt").exists() or len(read_rows(run / "metrics.csv")) < 26:

@@ -60,7 +60,7 @@ def test_a_good_set_is_read_and_the_hours_are_estimated(
     out = tmp_path / "check.json"
     assert main(["check", "experiment=digits", "seconds=2", f"out={out}", "data.num_workers=1"]) == 0
     printed = capsys.readouterr().out
-    assert "digits_demo: good" in printed
+    assert "fat_nano_digits: good" in printed
     assert "estimate" in printed
     found = json.loads(out.read_text())
     assert found["images_per_s"] > 1

@@ -223,7 +223,7 @@ def test_a_folder_of_something_else_is_not_taken(
         (["model=fat_b1", "seed=0,1", "schedule.epochs=3"], "fat_b1_imagenet_sweep"),
         (["model=fat_b1,fat_b2"], "imagenet_sweep"),
         (["model=fat_b1,fat_b2", "data=digits,synthetic"], "sweep"),
-        (["experiment=digits", "seed=0,1"], "digits_demo_sweep"),
+        (["experiment=digits", "seed=0,1"], "fat_nano_digits_sweep"),
         (["experiment=fat_b0_300e,fat_b1_300e"], "experiment_sweep"),
         (["experiment=digits", "seed=0,1", "name=mine"], "mine"),
     ],

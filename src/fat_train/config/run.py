@@ -51,6 +51,11 @@ class ModelConfig(Protocol):
         """Name of its yaml."""
         ...
 
+    @property
+    def depths(self) -> list[int]:
+        """Blocks of each stage; each stage is a level of the pyramid."""
+        ...
+
     def build(self, num_classes: int, in_chans: int = 3) -> Backbone:
         """The model, with fresh weights."""
         ...

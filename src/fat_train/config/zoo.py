@@ -121,7 +121,7 @@ def create_model(
         build,
         name,
         pretrained=False,
-        feature_cfg={"feature_cls": "getter", "out_indices": (0, 1, 2, 3)},
+        feature_cfg={"feature_cls": "getter", "out_indices": tuple(range(len(config.depths)))},
         features_only=features_only,
         num_classes=num_classes,
         in_chans=in_chans,

@@ -17,10 +17,14 @@ class DepthwiseConv2d(nn.Conv2d):
         kernel_size: side of the kernel, odd.
         stride: 1 or 2.
         residual: add the input to the output, in the same pass over the map; wants stride 1.
+        bias: whether there is one.
     """
 
-    def __init__(self, channels: int, kernel_size: int, stride: int = 1, *, residual: bool = False) -> None:
-        super().__init__(channels, channels, kernel_size, stride, padding=kernel_size // 2, groups=channels)
+    def __init__(
+        self, channels: int, kernel_size: int, stride: int = 1, *, residual: bool = False, bias: bool = True
+    ) -> None:
+        padding = kernel_size // 2
+        super().__init__(channels, channels, kernel_size, stride, padding, groups=channels, bias=bias)
         assert stride == 1 or not residual
         self.residual = residual
 
@@ -40,10 +44,11 @@ class PointwiseConv2d(nn.Conv2d):
         in_channels: C.
         out_channels: c.
         activation: none, gelu or relu.
+        bias: whether there is one.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, activation: str = "none") -> None:
-        super().__init__(in_channels, out_channels, 1)
+    def __init__(self, in_channels: int, out_channels: int, activation: str = "none", *, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias)
         self.activation = activation
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B c H W"]:

@@ -42,29 +42,30 @@ class Stage(nn.Module):
         super().__init__()
         self.grad_checkpointing = False
 
-    def run_block(self, block: nn.Module, x: Map) -> Any:
-        """`block(x)`. With `grad_checkpointing` its activations are recomputed; gradients and buffers stay the same.
+    def run_block(self, block: nn.Module, *inputs: Any) -> Any:
+        """`block(*inputs)`. With `grad_checkpointing` its activations are recomputed; gradients and buffers stay.
 
         The recomputation draws the same random numbers (drop path) and leaves BatchNorm's running statistics alone,
         which it would otherwise move a second time.
         """
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
-            return block(x)
+            return block(*inputs)
         if torch.compiler.is_compiling():  # a traced graph writes each buffer once by itself
-            return checkpoint(block, x, use_reentrant=False)
-        return checkpoint(block, x, use_reentrant=False, context_fn=partial(_checkpoint_contexts, block))
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=partial(_checkpoint_contexts, block))
 
 
 class Backbone(nn.Module, ABC):
     """A classifier `forward_features` -> `forward_head` whose stages also give a feature pyramid.
 
-    A family's constructor ends with `reset_classifier(num_classes)`, which makes `head`, the last of its modules.
+    A family's constructor ends with `reset_classifier(num_classes)`, which makes `head`, the last of its modules. Where
+    layers stand between the last map and its pooling the family puts them into `conv_head` before that.
 
     Args:
         num_classes: width of the classifier; 0 leaves it out (`forward` then gives the pooled features).
         in_chans: channels of the image.
         num_features: channels of what `forward_features` gives.
-        head_hidden_size: channels that enter the classifier; `num_features` unless the family has a hidden layer.
+        head_hidden_size: channels that enter the classifier; `num_features` unless `conv_head` gives others.
         feature_info: one entry a pyramid level, fine to coarse: `num_chs`, `reduction` (stride against the image) and
             the `module`, with `hook_type`, whose input or output is that level's map.
 
@@ -91,6 +92,7 @@ class Backbone(nn.Module, ABC):
         self.head_hidden_size = num_features if head_hidden_size is None else head_hidden_size
         self.in_chans = in_chans
         self.feature_info = feature_info
+        self.conv_head: nn.Module = nn.Identity()
         self.global_pool = "avg"
         self.num_classes = num_classes
         self.reparameterized = False
@@ -106,6 +108,10 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def final_norm(self, x: Map) -> Map:
         """What stands between the last stage and the pooling."""
+
+    def norm_pooled(self, x: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+        """What stands between the pooling and the classifier: nothing, unless the family says otherwise."""
+        return x
 
     @abstractmethod
     def drop_after(self, stage: int) -> None:
@@ -172,8 +178,9 @@ class Backbone(nn.Module, ABC):
 
         A map comes back where `reset_classifier` has turned pooling off.
         """
+        x = self.conv_head(x)  # [B, C, H, W]
         if self.global_pool == "avg":
-            x = x.mean(dim=(2, 3))  # [B, C]
+            x = self.norm_pooled(x.mean(dim=(2, 3)))  # [B, C]
         return x if pre_logits else self.head(x)
 
     def forward_intermediates(
@@ -232,11 +239,12 @@ class Backbone(nn.Module, ABC):
         if last_taken + 1 < len(self.feature_info):
             self.drop_after(last_taken)
             self.feature_info = self.feature_info[: last_taken + 1]
-            self.num_features = self.head_hidden_size = self.feature_info[-1]["num_chs"]
+            self.num_features = self.feature_info[-1]["num_chs"]
             prune_norm = prune_head = True
         if prune_norm:
             self.norm: nn.Module = nn.Identity()
         if prune_head:
+            self.conv_head, self.head_hidden_size = nn.Identity(), self.num_features
             self.reset_classifier(0, "")
         return taken
 
