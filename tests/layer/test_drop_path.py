@@ -6,7 +6,7 @@ import pytest
 import timm.layers
 import torch
 
-from fat_train.layer.drop_path import DropPath
+from fat_train.layer.drop_path import DropPath, rates_of_blocks
 from fat_train.model.fat import FATConfig
 
 
@@ -81,3 +81,8 @@ def test_state_dict_keys_are_without_it() -> None:
     size = {"name": "tiny", "widths": [8, 12, 16, 24], "depths": [1, 1, 2, 1], "num_heads": [2, 3, 4, 6]}
     keys = [list(FATConfig(**size, drop_path_rate=rate).build(5).state_dict()) for rate in (0.0, 0.3)]
     assert keys[0] == keys[1]
+
+
+def test_rates_rise_linearly_from_the_first_block_to_the_last():
+    assert rates_of_blocks(0.3, [1, 2, 1]) == [[0.0], pytest.approx([0.1, 0.2]), [0.3]]
+    assert rates_of_blocks(0.3, [1]) == [[0.0]]

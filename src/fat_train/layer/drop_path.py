@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+
+def rates_of_blocks(last: float, depths: Sequence[int]) -> list[list[float]]:
+    """Probabilities p that rise linearly over all blocks, from 0 at the first to `last`: a list a stage."""
+    steps = max(1, sum(depths) - 1)
+    ends = accumulate(depths)
+    return [
+        [last * block / steps for block in range(end - depth, end)] for end, depth in zip(ends, depths, strict=True)
+    ]
 
 
 class DropPath(nn.Module):

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fat_train.layer.conv import DepthwiseConv2d, PointwiseConv2d
-from fat_train.layer.drop_path import DropPath
+from fat_train.layer.drop_path import DropPath, rates_of_blocks
 from fat_train.layer.norm import WholeMapNorm
 from fat_train.model.backbone import Backbone, Stage, StageOutput
 from fat_train.op.attention import attention
@@ -359,12 +359,8 @@ class FAT(Backbone):
         )
         self.config = config
         self.patch_embed = Stem(in_chans, config.widths[0])
-        num_blocks = sum(config.depths)
-        rates = [config.drop_path_rate * block / max(1, num_blocks - 1) for block in range(num_blocks)]
-        starts = [sum(config.depths[:stage]) for stage in range(NUM_STAGES)]
-        self.layers = nn.ModuleList(
-            FATStage(config, stage, rates[start : start + config.depths[stage]]) for stage, start in enumerate(starts)
-        )
+        rates = rates_of_blocks(config.drop_path_rate, config.depths)
+        self.layers = nn.ModuleList(FATStage(config, stage, rates[stage]) for stage in range(NUM_STAGES))
         self.norm: nn.Module = WholeMapNorm(config.widths[-1])
         self.reset_classifier(num_classes)
 
