@@ -188,6 +188,7 @@ class Other(nn.Module):
     """What another family may hold."""
 
     conv_norm_pairs = (("fc", "bn"),)
+    norm_conv_pairs = (("norm", "proj"),)
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,23 +206,40 @@ class Other(nn.Module):
             GroupNormAct(8, 2),
             PointwiseConv2d(8, 8, activation="gelu"),
             nn.BatchNorm2d(8),
+            nn.Conv2d(8, 8, 1, groups=2),
+            nn.BatchNorm2d(8),
+            DepthwiseConv2d(8, 3),
+            nn.ReLU(),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 8, 1, padding=1),
+            nn.ReLU(),
+            nn.BatchNorm2d(8, track_running_stats=False),
+            PointwiseConv2d(8, 8),
+            nn.ReLU(),
+            nn.BatchNorm2d(8, affine=False),
+            PointwiseConv2d(8, 6, activation="gelu", bias=False),
         )
+        self.norm = nn.BatchNorm2d(6)
+        self.proj = nn.Conv2d(6, 8, 1, stride=2)
         self.fc = nn.Linear(8, 4)
         self.bn = nn.BatchNorm1d(4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.fc(self.stem(x).mean((2, 3))))
+        return self.bn(self.fc(self.proj(self.norm(self.stem(x))).mean((2, 3))))
 
 
 @torch.no_grad()
-def test_what_stands_behind_no_convolution_or_normalises_by_the_batch_stays():
+def test_what_stands_beside_no_convolution_that_can_take_it_or_normalises_by_the_batch_stays():
     torch.manual_seed(0)
     module = draw_norms(Other()).double()
     x = images(torch.float64)
     wanted = module(x)
     fold(module)
     assert_close(module(x), wanted, 1e-10)
-    left = [index for index, step in enumerate(module.stem) if isinstance(step, _BatchNorm)]
-    assert left == [4, 6, 9, 12]
-    assert isinstance(module.bn, nn.Identity)
-    assert module.stem[0].bias is not None
+    left = {index: module.stem[index + 1] for index, step in enumerate(module.stem) if isinstance(step, _BatchNorm)}
+    assert list(left) == [6, 9, 12, 17, 20]
+    assert isinstance(left[9], GroupNormAct)
+    assert left[12].groups == 2
+    assert left[17].padding == (1, 1)
+    assert [type(norm) for norm in (module.bn, module.norm, module.stem[23])] == [nn.Identity] * 3
+    assert all(module.stem[index].bias is not None for index in (0, 24))
