@@ -81,6 +81,24 @@ def test_a_depthwise_convolution_is_its_sum_of_taps(sizes, kernel_size, stride, 
     )
 
 
+@pytest.mark.parametrize("kernel_size", [3, 5, 7])
+@pytest.mark.parametrize("height", [1, 2, 7])
+def test_a_strided_bfloat16_map_of_one_column_has_its_weights_gradient(height, kernel_size):
+    """Where memory is reused that holds no numbers: torch's own convolution gives some of it out as the gradient."""
+    x = normal(4, 8, height, 1).bfloat16().contiguous(memory_format=torch.channels_last)
+    weight = normal(8, 1, kernel_size, kernel_size, seed=1).bfloat16().to(memory_format=torch.channels_last)
+    exact = weight.double().requires_grad_()
+    slope = normal(4, 8, -(-height // 2), 1, seed=2).bfloat16()
+    (wanted,) = torch.autograd.grad(taps(x.double(), exact, torch.zeros(8), 2, False), exact, slope.double())
+    for _ in range(5):
+        inputs = weight.clone().requires_grad_()
+        y = depthwise_conv(x, inputs, None, 2)
+        for numbers in (72, 144, 200, 288, 392, 576, 800, 1568, 5000):
+            torch.full((numbers,), math.nan)
+        (got,) = torch.autograd.grad(y, inputs, slope)
+        assert (got.double() - wanted).abs().max() <= 2e-2 * wanted.abs().max()
+
+
 @pytest.mark.parametrize("way", ways("pointwise"))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sizes", SIZES)
