@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from fat_train.checkpoint.weights import apply_state_dict, read_checkpoint, read_state_dict
+from fat_train.checkpoint.weights import apply_state_dict, read_state_dict
 from fat_train.command.assemble import build_task, device_of, refuse_idle_ranks
+from fat_train.command.from_checkpoint import about_run
 from fat_train.command.say import say
 from fat_train.config.resolve import refuse_unknown, resolve
 from fat_train.config.run import GROUPS, Problems, RunConfig, plain, resolve_run
@@ -21,7 +22,7 @@ from fat_train.trainer.build import build_trainer
 from fat_train.trainer.compiler import AUTO
 from fat_train.trainer.loaders import RunLoaders
 from fat_train.trainer.module import ValidationModule
-from fat_train.types import MissingPathError, UserError, one_of
+from fat_train.types import UserError, one_of
 
 WEIGHTS = ("raw", "ema", "both")
 
@@ -54,7 +55,7 @@ def run(tree: DictConfig) -> list[dict[str, Any]]:
     values = plain(tree)
     settings = resolve({k: v for k, v in values.items() if k not in GROUPS}, EvaluateSettings, where="")
     checkpoint = Path(settings.checkpoint).expanduser()
-    about = _about(checkpoint)
+    about = about_run(checkpoint)
     config, source = _open(values, about)
     _refuse_other_classes(about, source, checkpoint)
     say(f"checkpoint     {checkpoint} ({about['model']}, {about['num_classes']} classes)")
@@ -65,18 +66,6 @@ def run(tree: DictConfig) -> list[dict[str, Any]]:
         _say_what_was_held_out(about, source)
     kinds = ["raw", "ema"] if settings.weights == "both" else [settings.weights]
     return [_evaluate(kind, checkpoint, config, source, settings) for kind in kinds]
-
-
-def _about(checkpoint: Path) -> dict[str, Any]:
-    if not checkpoint.is_file():
-        raise MissingPathError(f"checkpoint={checkpoint}: no such file")
-    about = read_checkpoint(checkpoint).get("fat_train")
-    if about is None:
-        raise UserError(
-            f"checkpoint={checkpoint} holds weights but not the configuration of a run, so the model is unknown. "
-            "In Python: model = fat_train.create_model(<name>); fat_train.load_weights(model, <file>)"
-        )
-    return about
 
 
 def _open(values: dict[str, Any], about: dict[str, Any]) -> tuple[RunConfig, DataSource]:
