@@ -19,6 +19,7 @@ from fat_train.types import UnfinishedRunError, UserError, nearest
 COMMANDS = {
     "train": "the main job, and the default where no command is named",
     "evaluate": "top-1 and top-5 of a checkpoint on a data set",
+    "export": "a trained model as one file that runs without fat_train: torch.export or ONNX",
     "preview": "a picture of what the pipeline really feeds the model",
     "check": "look before a long run: data set, machine, configuration, hours it will take",
     "check augment": "the augmentation against timm's: picture by picture, draw by draw",

@@ -69,16 +69,18 @@ def refuse_idle_ranks(trainer: TrainerConfig, source: DataSource) -> None:
         )
 
 
-def path_of_out(out: str, ending: str, key: str = "out") -> Path:
+def path_of_out(out: str, ending: str | tuple[str, ...], key: str = "out") -> Path:
     """Where a command's result goes; found out before the work, not after it, if it cannot be written there.
 
     Raises:
         UserError: a folder, another ending, or a parent that is no folder.
     """
     path = Path(out).expanduser()
+    endings = (ending,) if isinstance(ending, str) else ending
     parents = [parent for parent in path.parents if parent.exists()]
-    if path.suffix != ending or path.is_dir() or not parents[0].is_dir():
-        raise UserError(f"{key}={out} must be a file that ends in {ending}, in a folder that is there or can be made")
+    if path.suffix not in endings or path.is_dir() or not parents[0].is_dir():
+        wanted = " or ".join(endings)
+        raise UserError(f"{key}={out} must be a file that ends in {wanted}, in a folder that is there or can be made")
     return path
 
 
