@@ -149,7 +149,7 @@ def _trace(model: Backbone, px: int, dynamic_batch: bool) -> ExportedProgram:
     nobody else's business."""
     shapes = ({0: Dim(BATCH, min=1)},) if dynamic_batch else None
     x = torch.zeros(TRACED_BATCH if dynamic_batch else 1, 3, px, px).to(memory_format=torch.channels_last)
-    program = torch.export.export(model, (x,), dynamic_shapes=shapes)
+    program = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=True)  # else len(x) would be a constant
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     return program
