@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from fat_train.cache import cache_folder
 from fat_train.types import UserError
@@ -62,6 +61,8 @@ def _write_beside(root: Path) -> None:
 
 
 def _write_digits(root: Path) -> None:
+    from sklearn.datasets import load_digits  # noqa: PLC0415 - a fifth of the start of every command, needed once
+
     scans, labels = load_digits(return_X_y=True)
     validation = stratified_split(labels)
     grey_levels = np.rint(scans * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
