@@ -34,6 +34,11 @@ TINY = [
 REPOSITORY = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files at the root run the whole system, which takes longest: first, so that no core has nothing left to do."""
+    items.sort(key=lambda item: len(item.path.parts))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("compile") and not os.environ.get("JAXTYPING_DISABLE"):
         pytest.skip(

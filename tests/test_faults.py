@@ -73,15 +73,13 @@ def kill_and_compare(name: str, moments: list[Moment], theirs: Training, folder:
     assert differences(killed, theirs) == []
 
 
-def test_a_run_killed_at_named_and_random_moments_ends_as_the_unbroken_one(
+def test_a_run_killed_at_named_moments_ends_as_the_unbroken_one(
     unbroken: Callable[[list[str]], Training], tmp_path: Path, ledger: Runs
 ) -> None:
     theirs = unbroken([*DIGITS, "callback.checkpoint.every_n_steps=8"])
     moments = [
         At("best-*.ckpt named"),  # and there is no last.ckpt yet
         At("half the weights updated", 4),
-        At("half a checkpoint written"),
-        *random_moments(0, 1, like=theirs),
     ]
     kill_and_compare("quick", moments, theirs, tmp_path, ledger)
 
@@ -105,6 +103,7 @@ def test_a_run_killed_at_named_and_random_moments_ends_as_the_unbroken_one(
                 At("best-*.ckpt named"),
                 At("last.ckpt named", 2),
                 At("removing the former best"),
+                At("half a checkpoint written"),
                 At("half a report"),
             ],
         ),

@@ -7,13 +7,16 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from fat_train.__main__ import main
 from fat_train.config.compose import compose
 
 REPOSITORY = Path(__file__).parents[1]
+Cli = Callable[..., subprocess.CompletedProcess[str]]
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [
@@ -30,18 +33,31 @@ def test_the_readme_fits_two_hundred_lines() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_of_the_readme_does_what_it_can_here(command: str, digits_cache: Path, tmp_path: Path) -> None:
+def test_every_command_of_the_readme_does_what_it_can_here(
+    command: str,
+    digits_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Those that want ImageNet stop at its missing folder, naming it; all others run to their end."""
-    words = shlex.split(command)
-    assert words[:3] == ["python", "-m", "fat_train"]
-    done = subprocess.run(
-        [sys.executable, *words[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
-    )
+    monkeypatch.chdir(tmp_path)
+    python, m, package, *words = shlex.split(command)
+    assert (python, m, package) == ("python", "-m", "fat_train")
+    status = main(words)
+    said = capsys.readouterr()
     if "data.root=/path/to/imagenet" in words:
-        assert done.returncode == 2
-        assert "data.root=/path/to/imagenet" in done.stderr
+        assert status == 2
+        assert "data.root=/path/to/imagenet" in said.err
     else:
-        assert done.returncode == 0, done.stderr
+        assert status == 0, said.err
+
+
+def test_a_process_of_its_own_runs_a_command_as_it_stands_there(cli: Cli) -> None:
+    assert "python -m fat_train --help" in COMMANDS
+    done = cli("--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: python -m fat_train")
 
 
 def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:

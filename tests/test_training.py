@@ -50,6 +50,7 @@ def test_losses_follow_the_golden_curve(unbroken: Path) -> None:
     assert [float(loss) for loss in losses(unbroken)] == pytest.approx(golden, rel=0.02)
 
 
+@pytest.mark.slow  # tests/test_faults.py kills its runs at better moments, and compares more
 def test_a_killed_run_resumes_to_the_unbroken_runs_weights_and_rows(unbroken: Path, tmp_path: Path, cli: Cli) -> None:
     """SIGKILL in the second epoch, then the same command: as if nothing had happened."""
     words = [*DIGITS, f"folder={tmp_path}"]
@@ -81,9 +82,14 @@ def test_a_killed_run_resumes_to_the_unbroken_runs_weights_and_rows(unbroken: Pa
         file.name for file in sorted((unbroken / "checkpoints").iterdir())
     ]
 
-    again = cli(*words)
-    assert again.returncode == 0
-    assert "fat_nano_digits is finished" in again.stdout
+
+def test_a_finished_run_has_nothing_to_do(unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = unbroken / "checkpoints" / "last.ckpt"
+    kept = checkpoint.read_bytes()
+    capsys.readouterr()
+    assert main([*DIGITS, f"folder={unbroken.parent}"]) == 0
+    assert "fat_nano_digits is finished" in capsys.readouterr().out
+    assert checkpoint.read_bytes() == kept
 
 
 def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path, digits_cache: Path) -> None:
@@ -113,13 +119,16 @@ def test_a_checkpoint_says_where_it_came_from(unbroken: Path) -> None:
     assert set(about["data"]) == {"train", "val"}
 
 
-def test_a_longer_schedule_takes_effect_on_resume_and_is_shown(unbroken: Path, tmp_path: Path, cli: Cli) -> None:
+def test_a_longer_schedule_takes_effect_on_resume_and_is_shown(
+    tmp_path: Path, digits_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [*DIGITS, f"folder={tmp_path}", "debug.max_steps_per_epoch=3"]
-    assert cli(*words).returncode == 0
-    longer = cli(*words, "schedule.epochs=3", "optim.weight_decay=0.1")
-    assert longer.returncode == 0, longer.stderr
-    assert "changed      schedule.epochs: 2 -> 3" in longer.stdout
-    assert "changed      optim.weight_decay: 0.05 -> 0.1" in longer.stdout
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main([*words, "schedule.epochs=3", "optim.weight_decay=0.1"]) == 0
+    said = capsys.readouterr().out
+    assert "changed      schedule.epochs: 2 -> 3" in said
+    assert "changed      optim.weight_decay: 0.05 -> 0.1" in said
     rows = read_rows(tmp_path / "debug" / "fat_nano_digits" / "metrics.csv")
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9]
     rates = [float(row["lr"]) for row in rows]
@@ -128,38 +137,22 @@ def test_a_longer_schedule_takes_effect_on_resume_and_is_shown(unbroken: Path, t
     assert {group["weight_decay"] for group in saved["optimizer_states"][0]["param_groups"]} == {0.0, 0.1}
 
 
-def test_two_processes_count_every_validation_image_once_as_one_process_does(
-    unbroken: Path, tmp_path: Path, cli: Cli
-) -> None:
-    """Trained by two processes, evaluated by one and by two: the same integers."""
-    words = [*DIGITS, f"folder={tmp_path}", "trainer.accelerator=cpu", "debug.max_steps_per_epoch=3"]
-    trained = cli(*words, "trainer.devices=2", "resume=never")
-    assert trained.returncode == 0, trained.stderr
-    assert "64 = 32 images x 2 devices" in trained.stdout
-    assert "statistics are of each process (CPU)" in trained.stdout
-    checkpoint = tmp_path / "debug" / "fat_nano_digits" / "checkpoints" / "last.ckpt"
-    last = read_rows(tmp_path / "debug" / "fat_nano_digits" / "metrics.csv")[-1]
-    results = [
-        next(
-            line
-            for line in cli("evaluate", f"checkpoint={checkpoint}", f"trainer.devices={n}", *extra).stdout.splitlines()
-            if line.startswith("raw")
-        )
-        for n, extra in ((1, ["batch_size=100"]), (2, ["batch_size=37"]))
-    ]
-    assert results[0] == results[1]
-    assert results[0].endswith("355 images")
-    assert f"top-1 {float(last['val/top1']):.3f} %   top-5 {float(last['val/top5']):.3f} %" in results[0]
-    assert last["val/count"] == "355"
+def short_losses(folder: Path, *words: str) -> list[float]:
+    few = ["debug.max_steps_per_epoch=5", "debug.max_val_batches=1", "schedule.epochs=2", "name=short"]
+    assert main([*DIGITS, *few, *words, f"folder={folder}"]) == 0
+    return [float(loss) for loss in losses(folder / "debug" / "short")]
+
+
+@pytest.fixture(scope="module")
+def plain_losses(tmp_path_factory: pytest.TempPathFactory, digits_cache: Path) -> list[float]:
+    return short_losses(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.mark.parametrize("option", ["trainer.precision=bf16-mixed", "trainer.grad_checkpointing=true"])
-def test_other_ways_of_computing_stay_near_the_plain_losses(option: str, unbroken: Path, tmp_path: Path) -> None:
-    words = [*DIGITS, "debug.max_steps_per_epoch=5", "debug.max_val_batches=1", "schedule.epochs=2"]
-    for name, extra in (("plain", []), ("other", [option])):
-        assert main([*words, *extra, f"folder={tmp_path}", f"name={name}"]) == 0
-    plain, other = (losses(tmp_path / "debug" / name) for name in ("plain", "other"))
-    assert [float(loss) for loss in other] == pytest.approx([float(loss) for loss in plain], rel=0.05)
+def test_other_ways_of_computing_stay_near_the_plain_losses(
+    option: str, plain_losses: list[float], tmp_path: Path
+) -> None:
+    assert short_losses(tmp_path, option) == pytest.approx(plain_losses, rel=0.05)
 
 
 @pytest.mark.slow

@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from fat_train.__main__ import main
 from fat_train.checkpoint.weights import read_checkpoint
 from fat_train.metric.record import Row, read_rows
 
@@ -27,6 +28,7 @@ DIGITS = [
     "data.num_workers=1",
 ]
 TWO_NODES = [*DIGITS, "trainer.num_nodes=2", "trainer.devices=1"]
+Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 class Job:
@@ -65,11 +67,12 @@ def job(folder: Path, *words: str, **environments: dict[str, str]) -> Iterator[J
 
 
 @pytest.fixture(scope="module")
-def one_node(tmp_path_factory: pytest.TempPathFactory, digits_cache: Path) -> Path:
-    """The run of one node with two devices."""
+def one_node(tmp_path_factory: pytest.TempPathFactory, digits_cache: Path, cli: Cli) -> Path:
+    """The run of one node with two devices; what it said lies beside it."""
     folder = tmp_path_factory.mktemp("one")
-    command = [sys.executable, "-m", "fat_train", *DIGITS, "trainer.devices=2", f"folder={folder}"]
-    subprocess.run(command, check=True, capture_output=True, timeout=280)
+    done = cli(*DIGITS, "trainer.devices=2", f"folder={folder}")
+    assert done.returncode == 0, done.stderr
+    (folder / "said").write_text(done.stdout)
     return folder / "fat_nano_digits"
 
 
@@ -92,6 +95,25 @@ def test_two_nodes_train_to_the_bits_of_one_node_with_two_devices(one_node: Path
     assert "64 = 32 images x 2 devices" in started.said(0)
     assert started.said(1) == "", "one node speaks"
     assert_same(tmp_path / "fat_nano_digits", one_node)
+
+
+def test_two_processes_count_every_validation_image_once_as_one_process_does(
+    one_node: Path, capsys: pytest.CaptureFixture[str], cli: Cli
+) -> None:
+    """Trained by two processes, evaluated by one and by two: the same integers."""
+    said = (one_node.parent / "said").read_text()
+    assert "64 = 32 images x 2 devices" in said
+    assert "statistics are of each process (CPU)" in said
+    words = ["evaluate", f"checkpoint={one_node / 'checkpoints' / 'last.ckpt'}"]
+    capsys.readouterr()
+    assert main([*words, "trainer.devices=1", "batch_size=100"]) == 0
+    printed = [capsys.readouterr().out, cli(*words, "trainer.devices=2", "batch_size=37").stdout]
+    by_one, by_two = (next(line for line in text.splitlines() if line.startswith("raw")) for text in printed)
+    assert by_one == by_two
+    assert by_one.endswith("355 images")
+    last = read_rows(one_node / "metrics.csv")[-1]
+    assert f"top-1 {float(last['val/top1']):.3f} %   top-5 {float(last['val/top5']):.3f} %" in by_one
+    assert last["val/count"] == "355"
 
 
 @pytest.mark.slow

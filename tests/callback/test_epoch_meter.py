@@ -2,13 +2,11 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
 
-from fat_train.callback.epoch_meter import EpochMeter, Reading, mean_over_ranks
+from fat_train.callback.epoch_meter import EpochMeter, Reading
 
 CPU = torch.device("cpu")
 
@@ -85,27 +83,6 @@ def test_a_restored_epoch_that_is_over_leaves_nothing_in_the_next() -> None:
     restored.take_up(epoch=1)
     add_updates(restored, [1.0])
     assert (restored.updates, restored.mean_loss(CPU)) == (1, 1.0)
-
-
-def _be_a_rank(rank: int, folder: str) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    meter = EpochMeter()
-    add_updates(meter, [1.0, 2.0] if rank == 0 else [5.0, 6.0])
-    state = meter.state_dict()
-    restored = EpochMeter()
-    restored.load_state_dict(state)
-    add_updates(restored, [0.0])
-    results = [meter.mean_loss(CPU), restored.mean_loss(CPU), mean_over_ranks(torch.tensor(float(rank))).item()]
-    Path(folder, f"{rank}.json").write_text(json.dumps([state["loss_sum_of_ranks"], results]))
-    distributed.destroy_process_group()
-
-
-def test_ranks_agree_on_the_mean_and_each_keeps_its_own_sum(tmp_path: Path) -> None:
-    multiprocessing.spawn(_be_a_rank, args=(str(tmp_path),), nprocs=2)
-    for rank in (0, 1):
-        sums, results = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert sums == [3.0, 11.0]
-        assert results == pytest.approx([3.5, 14 / 6, 0.5])
 
 
 def test_another_number_of_ranks_takes_the_mean_sum() -> None:

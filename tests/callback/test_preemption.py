@@ -152,6 +152,7 @@ def test_wherever_a_signal_comes_the_run_leaves_soon_and_goes_on_to_the_same_bit
     assert names[0] == names[1]
 
 
+@pytest.mark.slow  # that two ranks agree on a wish is test_rank_agreement.py's claim, that one leaves the one above
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_update(tiny: list[str], tmp_path: Path) -> None:
     """The second process gets SIGTERM; the first one saves, and the job's status says that it is not finished."""
     run = tmp_path / "pair"

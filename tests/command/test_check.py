@@ -112,7 +112,7 @@ def test_a_killed_check_leaves_no_process_and_goes_on_where_it_was(
 ) -> None:
     for split in ("train", "val"):
         large = tmp_path / f"{split}.JPEG"
-        picture(len(split), (1600, 1200)).save(large, progressive=True)
+        picture(len(split), (1000, 750)).save(large, progressive=True)
         for number in range(128):
             os.link(large, data_root / split / "cat" / f"large{number}.JPEG")
     words = words_for(data_root, tmp_path / "runs")
