@@ -27,6 +27,7 @@ COMMANDS = {
     "replay": "an update at which a run stopped, computed again: where the first number is not finite",
     "submit": "the run as a SLURM job, a sweep as an array of them",
     "report": "curves and a table of a run, or of a sweep",
+    "models": "every model there is, its parameters and multiply-adds beside the document's",
     "benchmark loader": "images per second of our loaders beside timm's, torchvision's and DALI's own",
     "benchmark step": "where the time of a training step goes, what bounds the run, what to change",
     "benchmark op": "every way of computing each operation at a model's sizes: what op=auto takes, and why",

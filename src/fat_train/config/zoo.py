@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
 from fnmatch import fnmatch
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,10 @@ from fat_train.model.backbone import Backbone
 from fat_train.types import MissingPathError, UserError, nearest
 
 IMAGENET_CLASSES = 1000
+PRINTED = ("paper_params_m", "paper_macs_g", "paper_top1", "top1")
+DIFFER = "params_differ_percent"
+COUNTED = "Counted at"
+"""With this begins what a header says of how it counts."""
 TIMM_OPTIONS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "feature_cls")
 
 
@@ -53,6 +61,66 @@ def load_model_node(name: str) -> DictConfig:
     node = OmegaConf.load(conf_dir() / "model" / f"{name}.yaml")
     assert isinstance(node, DictConfig)
     return node
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What the header of a model's yaml states: `# key: value` lines, at 1000 classes and 224 px."""
+
+    name: str
+    family: str
+    """As its document calls it: FATConfig is of FAT."""
+    parameters: int
+    """Counted."""
+    macs_g: float
+    """Counted, billions of multiply-adds of one image."""
+    paper_params_m: Decimal | None
+    """The document's, millions, with the digits that it prints; None where it has no number."""
+    paper_macs_g: Decimal | None
+    """The document's, billions."""
+    paper_top1: Decimal | None
+    """The document's, percent of ImageNet-1K's validation images."""
+    top1: Decimal | None
+    """This code's, percent; None before the model has been trained."""
+    params_differ_percent: float | None
+    """Largest difference from the document's parameters that is allowed; None where ours round to them."""
+    differ_because: str
+    """The reason, from the comment lines below that key."""
+
+
+def facts_of(name: str) -> ModelFacts:
+    """The header of `conf/model/<name>.yaml`.
+
+    Raises:
+        UserError: no such model, or a header without its counts.
+    """
+    target = str(load_model_node(name)["_target_"])
+    values: dict[str, str] = {}
+    remarks: dict[str, list[str]] = {}
+    key = ""
+    for line in (conf_dir() / "model" / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        found = re.fullmatch(r"# (\w+): ([\d.]+)", line)
+        if found:
+            key = found[1]
+            values[key] = found[2]
+        else:
+            remarks.setdefault(key, []).append(line.removeprefix("#").strip())
+    for wanted in ("parameters", "macs_g"):
+        if wanted not in values:
+            raise UserError(f"conf/model/{name}.yaml must state `# {wanted}: <number>` in the comments it begins with")
+    printed = {key: Decimal(values[key]) if key in values else None for key in PRINTED}
+    reason = takewhile(lambda line: not line.startswith(COUNTED), remarks.get(DIFFER, []))
+    return ModelFacts(
+        name=name,
+        family=target.rpartition(".")[2].removesuffix("Config"),
+        parameters=int(values["parameters"]),
+        macs_g=float(values["macs_g"]),
+        params_differ_percent=float(values[DIFFER]) if DIFFER in values else None,
+        differ_because=" ".join(reason),
+        **printed,
+    )
 
 
 def create_model(
