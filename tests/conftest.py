@@ -73,6 +73,15 @@ def tiny() -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def second_family(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Words that choose a model of `second_family.py`, by a user's own folder of yamls."""
+    folder = tmp_path_factory.mktemp("mine")
+    (folder / "model").mkdir()
+    (folder / "model" / "plainnet.yaml").write_text("_target_: second_family.PlainNetConfig\nname: plainnet\n")
+    return ["--config-dir", str(folder), "model=plainnet"]
+
+
+@pytest.fixture(scope="session")
 def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
     """`python -m fat_train <words>` as a process of its own, as a user starts it; its output is captured."""
 

@@ -17,6 +17,7 @@ from fat_train.benchmark.model import ModelJob, contestant_of, inference_step, o
 from fat_train.benchmark.race import Contestant, Stream, race
 from fat_train.model.fat import FATConfig
 from fat_train.types import UserError
+from second_family import PlainNetConfig
 
 TINY = FATConfig(name="tiny", widths=[8, 12, 16, 24], depths=[1, 1, 1, 1], num_heads=[2, 3, 4, 6])
 
@@ -48,6 +49,20 @@ def test_facts_are_those_of_the_network_and_both_forms_cost_the_same_on_paper(mo
     assert 2.5 < passes < 3 if mode == "train" else passes == pytest.approx(1)
     assert ours["cold_start_s"] > 0
     assert all(ours[key] == reference[key] for key in ("flops_per_step", "bytes_per_step", "gmacs", "parameters"))
+
+
+@pytest.mark.parametrize("contestant", ["ours", "ours_folded"])
+def test_a_model_of_another_family_is_counted_as_it_is_built_and_has_no_plain_reference(contestant: str) -> None:
+    config = PlainNetConfig()
+    job = job_of(contestant=contestant, name="plainnet", config=config, mode="infer", image_px=32)
+    stream = open_model(job, 4)
+    assert next(stream.work) == 4
+    macs = 64 * 3 * 8 * 16 + 9 * (64 * 8 * 8 + 16 * 8 * 12 + 4 * 12 * 16 + 1 * 16 * 24) + 24 * 1000
+    assert stream.facts["gmacs"] == pytest.approx(macs / 1e9)
+    assert stream.facts["flops_per_step"] == 4 * 2 * macs
+    assert stream.facts["parameters"] == sum(parameter.numel() for parameter in config.build(1000).parameters())
+    with pytest.raises(UserError, match="the plain reference is written for FAT; plainnet is of another family"):
+        open_model(replace(job, contestant="reference"), 4)
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])

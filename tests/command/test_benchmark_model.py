@@ -43,6 +43,32 @@ def test_every_contestant_and_peer_has_a_rate_beside_the_reference(
     assert [path.name for path in out.parent.glob("*.png")] == ["speed_speed.png"]
 
 
+@pytest.mark.slow  # five processes that import torch, one after another
+def test_a_model_of_another_family_is_timed_without_a_plain_reference(
+    tmp_path: Path, second_family: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "speed.json"
+    words = [word for word in _words(out) if word != "model=fat_nano"]
+    assert main([*words, *second_family, "modes=[infer]"]) == 0
+    said = capsys.readouterr().out
+    assert "reference: left out of plainnet; the plain equations are written for FAT alone" in said
+    kept = json.loads(out.read_text())["results"]
+    assert [one["contestant"] for one in kept if not one["why_not"]][:2] == ["ours", "ours_folded"]
+    assert {one["reference"] for one in kept} == {"plainnet ours"}
+    assert kept[0]["ratio_to_reference"] == 1
+    assert kept[0]["gmacs_per_s"] > 0
+
+
+def test_the_plain_reference_is_not_to_be_had_of_another_family(
+    second_family: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["benchmark", "model", *second_family, "contestants=[reference,ours]"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "contestants=reference: the plain equations are written for FAT alone; leave out reference, or plainnet" in said
+    )
+
+
 @pytest.mark.slow  # fifteen processes that import torch, one after another
 def test_scaling_follows_batch_resolution_and_depth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "speed.json"

@@ -24,6 +24,7 @@ from fat_train.benchmark.plain_fat import PlainFAT
 from fat_train.benchmark.race import Contestant, Stream
 from fat_train.callback.kernels import load_stored
 from fat_train.memory import keep_freed_memory
+from fat_train.model.backbone import ModelConfig
 from fat_train.model.fat import FATConfig
 from fat_train.op.choice import OpConfig, use
 from fat_train.optim.adamw import AdamWConfig
@@ -61,8 +62,8 @@ class ModelJob:
     """One of `CONTESTANTS`, or "peer"."""
     name: str
     """Of the model: of its yaml, or timm's."""
-    config: FATConfig | None
-    """The model's settings; None for a peer."""
+    config: ModelConfig | None
+    """The model's settings, of any family; None for a peer."""
     mode: str
     """One of `MODES`."""
     batch_size: int
@@ -111,6 +112,11 @@ class ModelJob:
             model = folded(model)
         model = model.to(self.device)
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
+
+
+def has_reference(config: ModelConfig) -> bool:
+    """Whether the model's equations are also written plainly: those of FAT are."""
+    return isinstance(config, FATConfig)
 
 
 def folded(model: nn.Module) -> nn.Module:
@@ -219,11 +225,14 @@ def _open(job: ModelJob, asked: int) -> Stream:
 
 
 def plain_of(model: nn.Module, job: ModelJob) -> nn.Module:
-    """What is counted: custom operations would hide what they do, so that FAT is counted as its equations read."""
-    if not isinstance(job.config, FATConfig):
+    """What is counted, whatever form runs: a FAT as its equations read, another family as it is built, a peer itself.
+
+    Custom operations and folding would hide what a network computes; on torch's device "meta" there are none.
+    """
+    if job.config is None:
         return model
     with torch.device("meta"):
-        return PlainFAT(job.config, NUM_CLASSES)
+        return PlainFAT(job.config, NUM_CLASSES) if isinstance(job.config, FATConfig) else job.config.build(NUM_CLASSES)
 
 
 def training_step(model: nn.Module, job: ModelJob) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""Who runs against whom: few at a time, as each holds a network, and the plain reference in every heat."""
+"""Who runs against whom: few at a time, as each holds a network, and in every heat the one that all are divided by."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from fat_train.benchmark.model import ModelJob, contestant_of, device_contestants
+from fat_train.benchmark.model import ModelJob, contestant_of, device_contestants, has_reference
 from fat_train.benchmark.model_cost import DeviceRates
 from fat_train.benchmark.model_result import Result
 from fat_train.benchmark.peers import Peer
 from fat_train.benchmark.race import race
-from fat_train.model.fat import FATConfig
+from fat_train.model.backbone import ModelConfig
 
 PEERS_AT_ONCE = 4
 FIRST_PX, PX_STEPS = 7, (7, 9, 11, 13, 16)
@@ -48,39 +48,46 @@ class Raced:
 
 def heats_of(
     template: ModelJob,
-    models: Sequence[FATConfig],
+    models: Sequence[ModelConfig],
     contestants: Sequence[str],
     modes: Sequence[str],
     peers: Mapping[str, Peer],
 ) -> list[Heat]:
-    """A heat a model and mode; then the peers by fours, beside the first model's reference.
+    """A heat a model and mode; then the peers by fours.
+
+    Where every model has its plain reference in the race, that is what its forms are divided by, and the first one's
+    what the peers are; otherwise it is one for all, the first model's `ours`, so that families stand side by side.
 
     Args:
         template: what all have in common.
         models: settings of ours.
-        contestants: forms of ours; a folded one cannot train.
+        contestants: forms of ours; a folded one cannot train, and not every family has a reference.
         modes: of `MODES`.
         peers: name -> what is known of it.
     """
     heats: list[Heat] = []
     for mode in modes:
         job = replace(template, mode=mode, batch_size=1 if mode == "latency" else template.batch_size)
-        for config in models:
-            named = [name for name in contestants if mode != "train" or "folded" not in name]
-            jobs = [replace(job, contestant=name, name=config.name, config=config) for name in named]
-            heats.append(Heat(jobs, _reference_of(jobs), asks_device=config is models[0]))
-        reference = [one for one in (_reference_of(heats[-len(models)].jobs),) if one is not None]
+        jobs_of = [_forms_of(job, config, contestants) for config in models]
+        references = [_first(jobs, ("reference",)) for jobs in jobs_of]
+        base = references[0]
+        if None in references:
+            base = _first(jobs_of[0], ("ours", *contestants))
+            references = [base for _ in models]
+        for jobs, reference in zip(jobs_of, references, strict=True):
+            beside = [] if reference is None or reference in jobs else [reference]
+            heats.append(Heat([*beside, *jobs], reference, asks_device=jobs is jobs_of[0], counts_reference=not beside))
         others = [
             replace(job, contestant="peer", name=name, config=None, image_px=peer.image_px or job.image_px)
             for name, peer in peers.items()
         ]
+        beside = [] if base is None else [base]
         for start in range(0, len(others), PEERS_AT_ONCE):
-            jobs = [*reference, *others[start : start + PEERS_AT_ONCE]]
-            heats.append(Heat(jobs, reference[0] if reference else None, counts_reference=False))
+            heats.append(Heat([*beside, *others[start : start + PEERS_AT_ONCE]], base, counts_reference=False))
     return heats
 
 
-def scaling_heats(template: ModelJob, config: FATConfig, contestants: Sequence[str]) -> dict[str, list[ModelJob]]:
+def scaling_heats(template: ModelJob, config: ModelConfig, contestants: Sequence[str]) -> dict[str, list[ModelJob]]:
     """What is grown -> jobs, small to large: the batch; the image and the depth with a quarter of the batch.
 
     Args:
@@ -141,5 +148,15 @@ def run_heats(
     return raced
 
 
-def _reference_of(jobs: Sequence[ModelJob]) -> ModelJob | None:
-    return next((job for job in jobs if job.contestant == "reference"), None)
+def _forms_of(job: ModelJob, config: ModelConfig, contestants: Sequence[str]) -> list[ModelJob]:
+    """What there is of the forms: only what evaluates can be folded, and the plain equations are those of some."""
+    return [
+        replace(job, contestant=name, name=config.name, config=config)
+        for name in contestants
+        if not (job.trains and "folded" in name) and (has_reference(config) or not name.startswith("reference"))
+    ]
+
+
+def _first(jobs: Sequence[ModelJob], contestants: Sequence[str]) -> ModelJob | None:
+    """The job of the first form that there is."""
+    return next((job for name in contestants for job in jobs if job.contestant == name), None)

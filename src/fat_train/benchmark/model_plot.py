@@ -1,4 +1,4 @@
-"""Pictures of networks side by side: speed against top-1, speed against the reference, and how the cost grows."""
+"""Pictures of networks side by side: speed against top-1, speed side by side, and how the cost grows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from fat_train.benchmark.model_result import Growth, Result
-from fat_train.benchmark.model_table import MODE_WORDS
+from fat_train.benchmark.model_table import MODE_WORDS, bases
 from fat_train.checkpoint.io import replacing
 
 TITLE_LETTERS = 48
@@ -108,7 +108,7 @@ def draw_speed(results: Sequence[Result], title: str, out_png: Path) -> Path:
         axes.axvline(1.0, color="#555555", lw=0.8, ls=":")
         axes.set_xlim(0, 1.45 * max([1.0, *(one.ratio_span[1] for one in shown if not math.isnan(one.ratio))]))
         axes.set_title(MODE_WORDS[mode], fontsize=12, loc="left")
-        axes.set_xlabel("images per second over the plain reference's", fontsize=11)
+        axes.set_xlabel(f"images per second over {' or '.join(bases(shown)) or 'nobody'}'s", fontsize=11)
         axes.grid(visible=False, axis="y")
     return _save(figure, out_png)
 

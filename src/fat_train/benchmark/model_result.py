@@ -20,7 +20,7 @@ LEAST_POINTS = 3
 
 @dataclass(frozen=True)
 class Result:
-    """A contestant's outcome, and that of the reference in the same heat."""
+    """A contestant's outcome, and that of the one in the same heat by which it is divided."""
 
     job: ModelJob
     outcome: Outcome
@@ -49,6 +49,17 @@ class Result:
         return 1000 * self.batch_size / self.outcome.rate
 
     @property
+    def gmacs_per_s(self) -> float:
+        """Billions of multiply-adds a second; in training those of the backward pass too."""
+        return float(self.outcome.facts["flops_per_step"]) / 2e6 / self.step_ms if self.finished else math.nan
+
+    @property
+    def base(self) -> str:
+        """Whose rate it is that the ratio divides by, in words; nothing where there is none."""
+        name = "" if self.reference is None else self.reference.name
+        return "the plain reference" if name.endswith(" reference") else name
+
+    @property
     def ratio(self) -> float:
         """Rate over the reference's, the median of the rounds' own ratios."""
         return math.nan if self.reference is None else self.outcome.ratio_to(self.reference)
@@ -73,6 +84,7 @@ class Result:
         numbers = {
             "samples_per_s": self.outcome.rate,
             "ratio_to_reference": self.ratio,
+            "gmacs_per_s": self.gmacs_per_s,
             "step_ms": self.step_ms if self.finished else math.nan,
             "share_of_roofline": self.share(device),
         }
@@ -81,6 +93,7 @@ class Result:
             "contestant": self.job.contestant,
             "mode": self.job.mode,
             "published_top1": self.top1,
+            "reference": self.base,
             **{name: None if math.isnan(value) else value for name, value in numbers.items()},
             **self.outcome.facts,
             "rates": self.outcome.rates,

@@ -9,18 +9,21 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from fat_train.benchmark.model import has_reference
 from fat_train.benchmark.model_cost import DeviceRates
 from fat_train.benchmark.model_result import Result
 
 HEAD = ("mode", "model", "contestant", "batch", "px")
-NUMBERS = ("img/s", "min – max", "x ref", "ms/step", "MiB", "floor", "1st s")
+NUMBERS = ("img/s", "min – max", "x ref", "GMAC/s", "ms/step", "MiB", "floor", "1st s")
 NUMBERS_FROM = 3
 NOTHING = "–"
 MODE_WORDS = {"train": "training", "infer": "inference", "latency": "latency of one image"}
 NOTES = (
     "img/s: the median of the rounds, in which all of a heat take turns; min – max are the slowest and fastest round.",
-    "x ref: img/s over that of `reference`, the median of the rounds' own ratios. `reference` is the paper's equations "
-    "as they read: separate PyTorch operations, NCHW, explicit softmax attention, eager, at the same precision.",
+    "x ref: img/s over that of the contestant named above, the median of the rounds' own ratios. FAT alone has a "
+    "`reference`, the paper's equations as they read: separate PyTorch operations, NCHW, explicit softmax attention, "
+    "eager, at the same precision. A race with a model that has none divides by the first model's `ours`.",
+    "GMAC/s: billions of multiply-adds a second, in training those of the backward pass too.",
     "training is forward, cross entropy, backward and a fused AdamW step on random images that lie on the device; "
     "drop path is as in the model's yaml (peers have none). Loading is not part of it.",
     "MiB: the most memory at a time, weights included, over the process without the network (on a GPU: what torch has "
@@ -53,6 +56,7 @@ def numbers_of(result: Result, device: DeviceRates) -> tuple[str, ...]:
         f"{outcome.rate:,.{digits}f}",
         f"{min(outcome.rates):,.{digits}f} – {max(outcome.rates):,.{digits}f}",
         NOTHING if math.isnan(result.ratio) else f"{result.ratio:.2f}",
+        f"{result.gmacs_per_s:,.{0 if result.gmacs_per_s >= 100 else 1}f}",
         f"{result.step_ms:,.{0 if result.step_ms >= 100 else 2}f}",
         f"{outcome.facts['peak_memory_mib']:,.0f}",
         NOTHING if math.isnan(result.share(device)) else f"{result.share(device):.0%}",
@@ -60,8 +64,14 @@ def numbers_of(result: Result, device: DeviceRates) -> tuple[str, ...]:
     )
 
 
+def bases(results: Sequence[Result]) -> list[str]:
+    """Whose img/s "x ref" divides by, for the head of a table."""
+    return list(dict.fromkeys(one.base for one in results if one.base))
+
+
 def verdicts(results: Sequence[Result]) -> list[str]:
-    """A sentence a model and mode about the fastest of ours; then how the peers stand to it."""
+    """A sentence a model and mode about the fastest of ours; what a multiply-add of another family costs beside one of
+    FAT's; then how the peers stand to it."""
     lines = []
     for mode, name in dict.fromkeys((one.job.mode, one.job.name) for one in results if one.job.config is not None):
         here = [one for one in results if one.job.mode == mode and one.finished]
@@ -72,12 +82,13 @@ def verdicts(results: Sequence[Result]) -> list[str]:
             math.isnan(one.ratio) for one in own
         )  # which has the machine's noise of a round on both sides
         best = max(own, key=lambda one: one.ratio if by_ratio else one.outcome.rate)
-        if not math.isnan(best.ratio):
+        if not math.isnan(best.ratio) and best.outcome is not best.reference:
             low, high = best.ratio_span
             lines.append(
-                f"{name} {MODE_WORDS[mode]}: {best.ratio:.2f} x the plain reference "
+                f"{name} {MODE_WORDS[mode]}: {best.ratio:.2f} x {best.base} "
                 f"({best.job.contestant}; {low:.2f} to {high:.2f} in single rounds)"
             )
+        lines += _beside_fat(best, here)
         peers = [one for one in here if one.job.contestant == "peer" and one.top1 is not None]
         if peers and best.top1 is not None:
             ahead = [
@@ -90,6 +101,30 @@ def verdicts(results: Sequence[Result]) -> list[str]:
                 f"{'are' if len(ahead) > 1 else 'is'} both as fast and as accurate ({best.top1:.1f} % top-1)"
             )
     return lines
+
+
+def _beside_fat(one: Result, here: Sequence[Result]) -> list[str]:
+    """A multiply-add's time over that of the FAT with the nearest number of them, in the same form where it ran in it;
+    nothing of a FAT itself, or without one."""
+    ours = [fat for fat in here if fat.job.contestant.startswith("ours")]
+    fats = [fat for fat in ours if fat.job.config is not None and has_reference(fat.job.config)]
+    if one in fats or not fats:
+        return []
+
+    def distance(fat: Result) -> tuple[float, bool, float]:
+        apart = abs(math.log(fat.outcome.facts["gmacs"] / one.outcome.facts["gmacs"]))
+        return apart, fat.job.contestant != one.job.contestant, -fat.outcome.rate
+
+    fat = min(fats, key=distance)
+    times = fat.gmacs_per_s / one.gmacs_per_s
+    if one.base == fat.base and not math.isnan(one.ratio) and not math.isnan(fat.ratio):
+        # ratios of rounds instead of rates: both are then freed of what slowed one heat down
+        times *= (fat.ratio / one.ratio) / (fat.outcome.rate / one.outcome.rate)
+    forms = dict.fromkeys((one.job.contestant, fat.job.contestant))
+    return [
+        f"{one.job.name} {MODE_WORDS[one.job.mode]}: {times:.2f} x {fat.job.name}'s time at equal multiply-adds "
+        f"({' beside '.join(forms)})"
+    ]
 
 
 def exceptions(results: Sequence[Result], device: DeviceRates) -> list[str]:
@@ -115,7 +150,8 @@ def terminal_tables(results: Sequence[Result], device: DeviceRates) -> list[Tabl
     for mode in dict.fromkeys(result.job.mode for result in results):
         here = [result for result in results if result.job.mode == mode]
         shown = len(NUMBERS) if any(result.job.compiles for result in here) else len(NUMBERS) - 1
-        table = Table(title=MODE_WORDS[mode].capitalize(), title_justify="left")
+        over = f" (x ref: over {', '.join(bases(here))})" if bases(here) else ""
+        table = Table(title=f"{MODE_WORDS[mode].capitalize()}{over}", title_justify="left")
         table.add_column("network")
         for name in NUMBERS[:shown]:
             table.add_column(name, justify="right", no_wrap=True)
@@ -131,7 +167,8 @@ def markdown(results: Sequence[Result], device: DeviceRates, lines: Sequence[str
     ruler = ["---" if at < NUMBERS_FROM else "---:" for at in range(len(columns))]
     rows = [" | ".join((*head_of(result), *numbers_of(result, device))) for result in results]
     table = [f"| {row} |" for row in (" | ".join(columns), " | ".join(ruler), *rows)]
-    return "\n".join([*table, "", *(f"- {line}" for line in (*lines, *NOTES))]) + "\n"
+    over = [f"x ref: over {', '.join(bases(results))}"] if bases(results) else []
+    return "\n".join([*table, "", *(f"- {line}" for line in (*over, *lines, *NOTES))]) + "\n"
 
 
 def as_csv(results: Sequence[Result]) -> str:

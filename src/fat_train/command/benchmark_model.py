@@ -1,19 +1,17 @@
-"""benchmark model: how fast the networks train and answer, beside the plain equations and timm's models."""
+"""benchmark model: how fast the networks train and answer, beside the plain equations, each other and timm's models."""
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fat_train.benchmark.model import COMPILE_MODES, CONTESTANTS, DTYPES, MODES, ModelJob
+from fat_train.benchmark.model import COMPILE_MODES, CONTESTANTS, DTYPES, MODES, ModelJob, has_reference
 from fat_train.benchmark.model_heats import Heat, Raced, heats_of, run_heats, scaling_heats
 from fat_train.benchmark.model_plot import draw_accuracy, draw_growth, draw_speed
 from fat_train.benchmark.model_result import Growth, growths_of
@@ -24,8 +22,8 @@ from fat_train.command.assemble import path_of_out
 from fat_train.command.say import say
 from fat_train.config.resolve import resolve
 from fat_train.config.run import plain
-from fat_train.config.zoo import conf_dir, load_model_node
-from fat_train.model.fat import FATConfig
+from fat_train.config.zoo import facts_of, list_models, load_model_node
+from fat_train.model.backbone import ModelConfig
 from fat_train.op.choice import OpConfig
 from fat_train.report.machine import machine_facts
 from fat_train.types import UserError, one_of
@@ -46,7 +44,8 @@ class ModelBenchmarkSettings:
     modes: list[str] = field(default_factory=lambda: ["train", "infer"])
     """train, infer, and latency: inference of a single image."""
     contestants: list[str] | None = None
-    """Forms of the model: reference, ours, each also _compiled, ours_folded; null: what the device has time for."""
+    """Forms of the model: reference (FAT alone has one), ours, each also _compiled, ours_folded; null: what the device
+    has time for."""
     peers: list[str] | None = None
     """timm's models beside it, by name; "all" stands for the paper's table; null: all on a GPU, none on a CPU."""
     batch_size: int | None = None
@@ -135,8 +134,9 @@ def run(tree: DictConfig) -> Raced:
         values["peers"] = [values["peers"]]
     settings: ModelBenchmarkSettings = resolve(values, ModelBenchmarkSettings, where="")
     out = path_of_out(settings.out, ".json")
-    models = [resolve(node, where="model") for node in map(load_model_node, settings.models)]
+    models: list[ModelConfig] = [resolve(node, where="model") for node in map(load_model_node, settings.models)]
     models = models or [resolve(model_node, where="model")]
+    left_out = without_reference(models, settings)
     peers = peers_of(settings.peer_words, settings.image_px)
     top1_of = {config.name: published_top1(config) for config in models if settings.image_px == PUBLISHED_PX}
     top1_of |= {name: peer.top1 for name, peer in peers.items()}
@@ -160,6 +160,7 @@ def run(tree: DictConfig) -> Raced:
     lines = [
         f"device: {raced.device.flops_per_s / 1e9:,.0f} GFLOP/s in a matrix product at precision {settings.precision}, "
         f"{raced.device.bytes_per_s / 1e9:,.1f} GB/s in a copy (read and written together)",
+        *left_out,
         *exceptions(raced.results, raced.device),
         *verdicts(raced.results),
         *(f"{models[0].name} {growth.line()}" for several in growths.values() for growth in several),
@@ -192,13 +193,30 @@ def run(tree: DictConfig) -> Raced:
     return raced
 
 
-def published_top1(config: Any) -> float | None:
+def without_reference(models: list[ModelConfig], settings: ModelBenchmarkSettings) -> list[str]:
+    """A line where the plain reference is left out, since a model's family has none.
+
+    Raises:
+        UserError: it was asked for by name.
+    """
+    forms = [name for name in settings.forms if name.startswith("reference")]
+    names = [config.name for config in models if not has_reference(config)]
+    if not forms or not names:
+        return []
+    if settings.contestants is not None:
+        raise UserError(
+            f"contestants={forms[0]}: the plain equations are written for FAT alone; leave out {', '.join(forms)}, or "
+            f"{', '.join(names)}"
+        )
+    return [f"{', '.join(forms)}: left out of {', '.join(names)}; the plain equations are written for FAT alone"]
+
+
+def published_top1(config: ModelConfig) -> float | None:
     """The paper's top-1 of a model whose settings are its yaml's, from the yaml's header; None where it has none."""
-    file = conf_dir() / "model" / f"{config.name}.yaml"
-    if not file.is_file() or resolve(load_model_node(config.name), where="model") != config:
+    if config.name not in list_models() or resolve(load_model_node(config.name), where="model") != config:
         return None
-    found = re.search(r"^# paper_top1: ([\d.]+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return None if found is None else float(found[1])
+    top1 = facts_of(config.name).paper_top1
+    return None if top1 is None else float(top1)
 
 
 def time_all(
@@ -219,10 +237,11 @@ def time_all(
 
 
 def scale(
-    template: ModelJob, settings: ModelBenchmarkSettings, config: FATConfig, console: Console
+    template: ModelJob, settings: ModelBenchmarkSettings, config: ModelConfig, console: Console
 ) -> dict[str, list[Growth]]:
     """Cost against batch, pixels and blocks: axis -> a growth of each eager form that was asked for."""
-    forms = [name for name in ("reference", "ours") if name in settings.forms] or settings.forms[:1]
+    eager = ("reference", "ours") if has_reference(config) else ("ours",)
+    forms = [name for name in eager if name in settings.forms] or settings.forms[:1]
     axes = scaling_heats(template, config, forms)
     growths = {}
     for axis, jobs in axes.items():

@@ -17,9 +17,10 @@ from fat_train.checkpoint.io import write_atomically
 from fat_train.command.assemble import path_of_out
 from fat_train.command.say import say
 from fat_train.config.resolve import resolve
-from fat_train.config.run import ModelConfig, plain
+from fat_train.config.run import plain
 from fat_train.config.zoo import load_model_node
 from fat_train.data.digits import cache_folder
+from fat_train.model.backbone import ModelConfig
 from fat_train.op import table
 from fat_train.op.choice import Key
 from fat_train.op.table import Table

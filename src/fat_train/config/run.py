@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,7 +17,7 @@ from fat_train.config.resolve import refuse_unknown, resolve
 from fat_train.data.datamodule import DigitsDataConfig, FolderDataConfig, SyntheticDataConfig
 from fat_train.logger.build import LoggerConfig
 from fat_train.loss.cross_entropy import CrossEntropyConfig
-from fat_train.model.backbone import Backbone
+from fat_train.model.backbone import ModelConfig
 from fat_train.op.choice import OpConfig
 from fat_train.optim.adamw import AdamWConfig
 from fat_train.schedule.cosine import CosineConfig
@@ -41,24 +41,6 @@ GROUPS = (
 )
 RESUME = ("auto", "never")
 T = TypeVar("T")
-
-
-class ModelConfig(Protocol):
-    """What the configuration of any family of models is."""
-
-    @property
-    def name(self) -> str:
-        """Name of its yaml."""
-        ...
-
-    @property
-    def depths(self) -> list[int]:
-        """Blocks of each stage; each stage is a level of the pyramid."""
-        ...
-
-    def build(self, num_classes: int, in_chans: int = 3) -> Backbone:
-        """The model, with fresh weights."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

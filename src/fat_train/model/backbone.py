@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -276,6 +276,26 @@ class Backbone(nn.Module, ABC):
             else nn.Identity()
         )
         self.num_classes, self.global_pool = num_classes, pool
+
+
+class ModelConfig(Protocol):
+    """What the configuration of any family of models is: a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """Name of its yaml."""
+        ...
+
+    @property
+    def depths(self) -> list[int]:
+        """Blocks of each stage; each stage is a level of the pyramid."""
+        ...
+
+    def build(self, num_classes: int, in_chans: int = 3) -> Backbone:
+        """The model, with fresh weights."""
+        ...
 
 
 def _checkpoint_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
