@@ -48,10 +48,18 @@ def test_a_difference_is_marked_with_the_reason_below_it(others: Path) -> None:
     facts = facts_of("x_1")
     row = ("x_1", "XNet", "2,300,000 ≠", "0.700 G", "3.0 M", "–", "–", "77.05")
     assert rows_of([facts]) == [row]
-    because = "≠ x_1: 2.300 M parameters, the document's 3.0 M (within 23.5 %): The printed number is another model's."
+    because = "≠ x_1: 2,300,000 parameters, the document's 3.0 M (-23 %): The printed number is another model's."
     assert differences([facts]) == [because]
     assert f"- {because}\n" in markdown([facts])
     assert "| " + " | ".join(("`x_1`", *row[1:])) + " |" in markdown([facts])
+
+
+def test_what_rounds_to_the_documents_digits_is_not_marked() -> None:
+    nearly = replace(facts_of("fat_b0"), paper_params_m=Decimal("4.494"), params_differ_percent=0.1)
+    assert not nearly.differs
+    assert replace(nearly, paper_params_m=Decimal("4.495")).differs
+    assert rows_of([nearly])[0][2] == "4,494,488"
+    assert differences([nearly]) == []
 
 
 def test_a_model_without_its_counts_is_named(others: Path) -> None:

@@ -76,7 +76,7 @@ def rows_of(facts: Sequence[ModelFacts]) -> list[tuple[str, ...]]:
         (
             one.name,
             one.family,
-            f"{one.parameters:,}{f' {DIFFERS}' if one.params_differ_percent is not None else ''}",
+            f"{one.parameters:,}{f' {DIFFERS}' if one.differs else ''}",
             f"{one.macs_g:.3f} G",
             _or_nothing(one.paper_params_m, " M"),
             _or_nothing(one.paper_macs_g, " G"),
@@ -90,10 +90,10 @@ def rows_of(facts: Sequence[ModelFacts]) -> list[tuple[str, ...]]:
 def differences(facts: Sequence[ModelFacts]) -> list[str]:
     """A sentence a model whose parameters are not the document's, with the reason that its yaml gives."""
     return [
-        f"{DIFFERS} {one.name}: {one.parameters / 1e6:.3f} M parameters, the document's {one.paper_params_m} M "
-        f"(within {one.params_differ_percent:g} %): {one.differ_because}"
+        f"{DIFFERS} {one.name}: {one.parameters:,} parameters, the document's {one.paper_params_m} M "
+        f"({100 * (one.parameters / 1e6 / float(one.paper_params_m) - 1):+.2g} %): {one.differ_because}"
         for one in facts
-        if one.params_differ_percent is not None
+        if one.paper_params_m is not None and one.differs
     ]
 
 

@@ -87,6 +87,18 @@ class ModelFacts:
     differ_because: str
     """The reason, from the comment lines below that key."""
 
+    @property
+    def differs(self) -> bool:
+        """Whether our parameters do not round to the document's."""
+        printed = self.paper_params_m
+        return printed is not None and round(Decimal(self.parameters).scaleb(-6), _decimals(printed)) != printed
+
+
+def _decimals(number: Decimal) -> int:
+    exponent = number.as_tuple().exponent
+    assert isinstance(exponent, int)
+    return -exponent
+
 
 def facts_of(name: str) -> ModelFacts:
     """The header of `conf/model/<name>.yaml`.
