@@ -303,7 +303,7 @@ class MATAttention(WindowAttention):
         """
         a = self.abstract_token.to(q.dtype)  # under autocast one float32 key would make all keys float32
         k, v = (self._heads(_with_token(x, a)) for x in (k, v))  # [B·N_w, M, L + 1, D]
-        a_query = a.view(1, self.num_heads, 1, -1).expand(len(k), -1, -1, -1)  # [B·N_w, M, 1, D]
+        a_query = a.view(1, self.num_heads, 1, -1).expand(k.shape[0], -1, -1, -1)  # [B·N_w, M, 1, D]
         x, learned = (self._map(attention(query, k, v), q.shape[2]) for query in (self._heads(q), a_query))
         return x, learned.flatten(2).unsqueeze(2)
 
