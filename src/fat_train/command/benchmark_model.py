@@ -30,6 +30,7 @@ from fat_train.types import UserError, one_of
 
 DEVICES = ("auto", "cpu", "gpu")
 LEAST_PX = 32
+LEAST_WIDTH = 100
 ON_CPU = ("reference", "ours", "ours_folded", "ours_folded_compiled")
 BATCH_OF = {"cpu": 16, "cuda": 128}
 PUBLISHED_PX = 224
@@ -153,6 +154,7 @@ def run(tree: DictConfig) -> Raced:
         f"{f'; {len(peers)} peers' if peers else ''}; precision {settings.precision}, batches of {template.batch_size}"
     )
     console = Console()
+    console.width = max(console.width, LEAST_WIDTH)  # a pipe is said to have 80 columns, which would cut names off
     heats = heats_of(template, models, settings.forms, settings.modes, peers)
     raced = time_all(heats, top1_of, settings, console)
     growths = scale(template, settings, models[0], console) if settings.scaling else {}
