@@ -97,6 +97,7 @@ def test_the_published_top1_is_that_of_the_paper_and_of_no_changed_model() -> No
         (["models=[fat_b0,fat_bb]"], "unknown model fat_bb; did you mean fat_b"),
         (["contestants=[our]"], "contestants=our is not known; did you mean ours?"),
         (["contestants=[ours,ours]"], "contestants must name at least one, and none twice"),
+        (["contestants=[ours_folded]"], "a folded model only evaluates; give modes=[infer] or add ours"),
         (["modes=[training]"], "modes=training is not known; did you mean train?"),
         (["peers=[deit_small_patch16]"], "did you mean deit_small_patch16_224?"),
         (["peers=al"], "peers=al is not a model of timm; did you mean all?"),

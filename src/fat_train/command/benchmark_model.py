@@ -77,6 +77,10 @@ class ModelBenchmarkSettings:
                 raise UserError(f"{name} must name at least one, and none twice; got {words}")
             for word in words:
                 one_of(name, word, known)
+        if self.contestants and "train" in self.modes and all("folded" in name for name in self.contestants):
+            raise UserError(
+                f"contestants={self.contestants}: a folded model only evaluates; give modes=[infer] or add ours"
+            )
         for name in ("rounds", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
