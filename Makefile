@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Two test processes of one thread each: the suite is made of many small models, which more threads only slow down.
 TEST_PROCESSES ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES)
+BY_FILE := --dist loadfile --no-loadscope-reorder
+EVENLY := --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-gpu bench-gpu check format clean
@@ -26,12 +28,12 @@ demo: $(READY) ## train a FAT on scanned digits, for real: about a minute on two
 	$(BIN)/python -m fat_train experiment=digits resume=never overwrite=true
 
 test: $(READY) ## all quick tests (under 10 minutes on two cores)
-	$(PYTEST) -m 'not slow and not gpu and not compile'
-	JAXTYPING_DISABLE=1 $(PYTEST) -m 'compile and not slow and not gpu'
+	$(PYTEST) $(BY_FILE) -m 'not slow and not gpu and not compile'
+	JAXTYPING_DISABLE=1 $(PYTEST) $(EVENLY) -m 'compile and not slow and not gpu'
 
 test-slow: $(READY) ## the tests that take longer
-	$(PYTEST) -m 'slow and not compile and not gpu'
-	JAXTYPING_DISABLE=1 $(PYTEST) -m 'slow and compile and not gpu'
+	$(PYTEST) $(BY_FILE) -m 'slow and not compile and not gpu'
+	JAXTYPING_DISABLE=1 $(PYTEST) $(EVENLY) -m 'slow and compile and not gpu'
 
 test-gpu: $(READY) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m 'gpu and not compile'

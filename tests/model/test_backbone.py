@@ -138,22 +138,6 @@ def test_checkpointing_can_be_switched_off_again(x):
     assert len(calls) == 1
 
 
-@pytest.mark.compile
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_whole_model_compiles_into_one_graph_and_trains_as_in_eager(x, checkpointing):
-    eager = build().train()
-    traced = copy.deepcopy(eager)
-    traced.set_grad_checkpointing(checkpointing)
-    torch.compiler.reset()
-    compiled = torch.compile(traced, fullgraph=True, dynamic=False, backend="aot_eager")
-    for model in (eager, compiled):
-        model(x).square().mean().backward()
-    for (name, ours), theirs in zip(traced.named_parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
-    for (name, ours), theirs in zip(traced.named_buffers(), eager.buffers(), strict=True):
-        torch.testing.assert_close(ours, theirs, msg=name)
-
-
 def test_bfloat16_autocast_trains_with_finite_gradients(x):
     model = build().train().to(memory_format=torch.channels_last)
     with torch.autocast("cpu", dtype=torch.bfloat16):

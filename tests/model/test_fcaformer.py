@@ -350,6 +350,7 @@ def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"logits": logits.detach(), **{name: parameter.grad for name, parameter in model.named_parameters()}}
 
 
+@pytest.mark.slow  # of the default options test_every_family.py shows it
 @pytest.mark.compile
 @pytest.mark.parametrize(
     "changes",

@@ -336,6 +336,7 @@ def test_every_option_trains_all_its_parameters_and_folds(change):
         torch.testing.assert_close(copy.deepcopy(model).reparameterize()(x), model(x), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow  # of the default options test_every_family.py shows it
 @pytest.mark.compile
 @pytest.mark.parametrize(
     "change",

@@ -374,6 +374,7 @@ def test_every_option_trains_in_bfloat16_autocast_with_a_single_token_too(change
     assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
+@pytest.mark.slow  # of the default options test_every_family.py shows it
 @pytest.mark.compile
 @pytest.mark.parametrize("changes", OPTIONS)
 def test_every_option_is_one_graph(changes):
