@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from textwrap import fill
 
 from omegaconf import OmegaConf
 
@@ -37,6 +38,7 @@ COMMANDS = {
 }
 OPTIONS = ("--help", "--cfg", "--config-dir", "-m", "--multirun", "--cell")
 TRACEBACK = "FAT_TRAIN_TRACEBACK"
+HELP_WIDTH = 110
 
 HELP = """usage: python -m fat_train [command] [group=choice] [key=value] ...
 
@@ -151,7 +153,10 @@ def _sweep(command: str, words: list[str], extra_dir: Path | None, multirun: boo
 def _help(choices: dict[str, list[str]]) -> str:
     return HELP.format(
         commands="\n".join(f"  {name:<22}{text}" for name, text in COMMANDS.items()),
-        groups="\n".join(f"  {group:<11}{', '.join(names)}" for group, names in choices.items()),
+        groups="\n".join(
+            fill(", ".join(names), HELP_WIDTH, initial_indent=f"  {group:<11}", subsequent_indent=" " * 13)
+            for group, names in choices.items()
+        ),
         traceback=TRACEBACK,
     )
 
