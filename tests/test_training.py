@@ -83,12 +83,15 @@ def test_a_killed_run_resumes_to_the_unbroken_runs_weights_and_rows(unbroken: Pa
     ]
 
 
-def test_a_finished_run_has_nothing_to_do(unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_has_nothing_to_do_but_to_tidy_up(unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = unbroken / "checkpoints" / "last.ckpt"
     kept = checkpoint.read_bytes()
+    half = unbroken / ".curves.png.1.part"
+    half.write_bytes(b"a report was killed")
     capsys.readouterr()
     assert main([*DIGITS, f"folder={unbroken.parent}"]) == 0
     assert "fat_nano_digits is finished" in capsys.readouterr().out
+    assert not half.exists()
     assert checkpoint.read_bytes() == kept
 
 

@@ -140,13 +140,13 @@ class RunFolder:
             ) from error
         with lock:
             _lock(lock, self.root)
-            self._delete_halves()
+            for half in self.halves():
+                half.unlink(missing_ok=True)
             yield
 
-    def _delete_halves(self) -> None:
-        for folder in (self.root, self.checkpoints):
-            for half in folder.glob(".*.part"):
-                half.unlink(missing_ok=True)
+    def halves(self) -> list[Path]:
+        """Files that a process was writing, or is."""
+        return [half for folder in (self.root, self.checkpoints) for half in folder.glob(".*.part")]
 
     def write_config(self, values: dict[str, Any]) -> None:
         """Keep the resolved configuration."""

@@ -169,6 +169,9 @@ def _tell_notes(resumed: Resumed) -> None:
 def _finished(config: RunConfig, folder: RunFolder, resumed: Resumed, plan: RunPlan) -> str:
     if is_rank_zero():  # the end may have come right after the last checkpoint
         delete_dropped(folder, resumed.kept)
+        if folder.halves():  # as of a report that was killed
+            with folder.held():
+                pass
         report = folder.root / REPORT_FILE
         if not report.exists() or report.stat().st_mtime < folder.metrics.stat().st_mtime:
             write_report(folder.root)
