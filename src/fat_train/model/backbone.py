@@ -167,7 +167,7 @@ class Backbone(nn.Module, ABC):
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Float[Tensor, "B C H W"]) -> Map:
-        """The last map, normalised, `num_features` channels; not pooled."""
+        """The last map, `num_features` channels, not pooled; normalised unless `conv_head` begins with that."""
         x = self.embed(x)
         for stage in range(len(self.feature_info)):
             x = self.run_stage(stage, x).next
@@ -296,6 +296,35 @@ class ModelConfig(Protocol):
     def build(self, num_classes: int, in_chans: int = 3) -> Backbone:
         """The model, with fresh weights."""
         ...
+
+
+class StagedBackbone(Backbone):
+    """A stem and stages in a row: what a stage gives is its level of the pyramid, and what the next one reads."""
+
+    stem: nn.Module
+    stages: nn.ModuleList
+
+    def embed(self, x: Float[Tensor, "B C H W"]) -> Map:
+        """Tokens at stride 4."""
+        return self.stem(x)
+
+    def run_stage(self, stage: int, x: Map) -> StageOutput:
+        """The stage's output, twice."""
+        x = self.stages[stage](x)
+        return StageOutput(x, x)
+
+    def drop_after(self, stage: int) -> None:
+        """Remove the later stages."""
+        self.stages = self.stages[: stage + 1]
+
+
+def levels_of(widths: Sequence[int], depths: Sequence[int]) -> list[dict[str, Any]]:
+    """`feature_info` of a `StagedBackbone`: each level is what the last block of its stage gives."""
+    return [
+        {"num_chs": width, "reduction": 4 * 2**stage, "module": f"stages.{stage}.blocks.{depth - 1}"}
+        | {"hook_type": "forward"}
+        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True))
+    ]
 
 
 def _checkpoint_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fat_train.layer.conv import DepthwiseConv2d, PointwiseConv2d
 from fat_train.layer.drop_path import DropPath, rates_of_blocks
 from fat_train.layer.mlp import ConvHead, ConvMlp
-from fat_train.model.backbone import Backbone, Stage, StageOutput
+from fat_train.model.backbone import Stage, StagedBackbone, levels_of
 from fat_train.op.attention import attention
 from fat_train.types import UserError, one_of
 
@@ -380,7 +380,7 @@ class MATStage(Stage):
         return x
 
 
-class MAT(Backbone):
+class MAT(StagedBackbone):
     """Stem, four stages, a 1×1 conv that widens the map, its mean, linear classifier (Fig. 4.1, Table 4.12).
 
     Images may have any sides: whatever halves n gives ceil(n / 2), and windows are padded. The pyramid's maps are the
@@ -403,7 +403,7 @@ class MAT(Backbone):
             in_chans=in_chans,
             num_features=last,
             head_hidden_size=config.head_width or last,
-            feature_info=_feature_info(config),
+            feature_info=levels_of(config.widths, config.depths),
         )
         self.config = config
         self.stem = Stem(in_chans, config.widths[0])
@@ -414,34 +414,12 @@ class MAT(Backbone):
             self.conv_head = ConvHead(last, config.head_width)
         self.reset_classifier(num_classes)
 
-    def embed(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B c h w"]:
-        """Tokens at stride 4."""
-        return self.stem(x)
-
-    def run_stage(self, stage: int, x: Float[Tensor, "B C H W"]) -> StageOutput:
-        """The stage's output, twice."""
-        x = self.stages[stage](x)
-        return StageOutput(x, x)
-
     def final_norm(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """LN where no `conv_head`, which begins with one, follows."""
         return self.norm(x)
-
-    def drop_after(self, stage: int) -> None:
-        """Remove the later stages."""
-        self.stages = self.stages[: stage + 1]
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The stem, then each block in order: a stage's first with its patch embedding, the last with the head."""
         embeds, blocks = (r"^stages\.(\d+)\.patch_embed", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)
         last = (r"^norm|^conv_head", (99999,))
         return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), last] if coarse else [embeds, blocks, last]}
-
-
-def _feature_info(config: MATConfig) -> list[dict[str, Any]]:
-    """A level is what its stage's last block gives."""
-    modules = [f"stages.{stage}.blocks.{depth - 1}" for stage, depth in enumerate(config.depths)]
-    return [
-        {"num_chs": width, "reduction": 4 * 2**stage, "module": module, "hook_type": "forward"}
-        for stage, (width, module) in enumerate(zip(config.widths, modules, strict=True))
-    ]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fat_train.layer.conv import DepthwiseConv2d, PointwiseConv2d
 from fat_train.layer.drop_path import DropPath, rates_of_blocks
 from fat_train.layer.mlp import ConvHead, ConvMlp
-from fat_train.model.backbone import Backbone, Stage, StageOutput
+from fat_train.model.backbone import Stage, StagedBackbone, levels_of
 from fat_train.types import UserError, one_of
 
 NUM_STAGES = 4
@@ -364,7 +364,7 @@ class PartialFormerStage(Stage):
         return x
 
 
-class PartialFormer(Backbone):
+class PartialFormer(StagedBackbone):
     """Stem, four stages, head, mean over the map, linear classifier (Fig. 5.3).
 
     Images may have any sides: a conv of stride 2 turns n into ceil(n / 2), and N_F follows the map. The pyramid's maps,
@@ -386,7 +386,7 @@ class PartialFormer(Backbone):
             num_classes=num_classes,
             in_chans=in_chans,
             num_features=width,
-            feature_info=_feature_info(config),
+            feature_info=levels_of(config.widths, config.depths),
             head_hidden_size=config.head_width or width,
         )
         self.config = config
@@ -398,34 +398,12 @@ class PartialFormer(Backbone):
             self.conv_head = ConvHead(width, config.head_width)
         self.reset_classifier(num_classes)
 
-    def embed(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B c h w"]:
-        """Tokens at stride 4."""
-        return self.stem(x)
-
-    def run_stage(self, stage: int, x: Float[Tensor, "B C H W"]) -> StageOutput:
-        """The stage's output, which the next one reads too."""
-        x = self.stages[stage](x)
-        return StageOutput(x, x)
-
     def final_norm(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """LN over the channels before the pooling, where no wider head begins with it."""
         return self.norm(x)
-
-    def drop_after(self, stage: int) -> None:
-        """Remove the later stages."""
-        self.stages = self.stages[: stage + 1]
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The stem, then each block in order; a patch embedding goes with the block behind it."""
         blocks = [(r"^stages\.(\d+)\.patch_embed", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         stages = [(r"^stages\.(\d+)", None)]
         return {"stem": r"^stem", "blocks": [*(stages if coarse else blocks), (r"^norm|^conv_head", (99999,))]}
-
-
-def _feature_info(config: PartialFormerConfig) -> list[dict[str, Any]]:
-    """Each level is what the last block of its stage gives."""
-    return [
-        {"num_chs": width, "reduction": 4 * 2**stage, "module": f"stages.{stage}.blocks.{depth - 1}"}
-        | {"hook_type": "forward"}
-        for stage, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True))
-    ]
